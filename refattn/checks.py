@@ -1,0 +1,179 @@
+"""Argument checks: one wording for all. Each error says what came and what was wanted.
+
+Nothing is repaired: an argument is accepted as it is or refused. The one conversion made here is
+the contract's: float16 and bfloat16 are computed in float32, and the result is rounded once.
+"""
+
+import math
+import numbers
+import operator
+
+import numpy as np
+
+COMPUTE = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
+
+
+def floating(name, x):
+    """``x`` as an array of one of the four real dtypes, or TypeError."""
+    x = np.asarray(x)
+    if x.dtype.name not in COMPUTE:
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; expected float64, float32, float16 or bfloat16 "
+            f"(convert it, for instance {name}.astype(numpy.float32))"
+        )
+    return x
+
+
+def compute_dtype(dtype):
+    """The dtype that arithmetic on ``dtype`` runs in."""
+    return np.dtype(COMPUTE[np.dtype(dtype).name])
+
+
+def qkv(q, k, v):
+    """Check q (..., n, d), k (..., m, d), v (..., m, e); return them ready for arithmetic + dtype.
+
+    The fourth value is the dtype that came in: the one that results are rounded to.
+    """
+    named = {"q": floating("q", q), "k": floating("k", k), "v": floating("v", v)}
+    dtypes = [x.dtype.name for x in named.values()]
+    if len(set(dtypes)) > 1:
+        raise TypeError(f"q, k and v must share one dtype; they have {', '.join(dtypes)}")
+    for name, wanted in (("q", "(..., n, d)"), ("k", "(..., m, d)"), ("v", "(..., m, e)")):
+        if named[name].ndim < 2:
+            raise ValueError(f"{name} has shape {named[name].shape}; expected {wanted}")
+    q, k, v = named.values()
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q has {q.shape[-1]} columns, k has {k.shape[-1]}: they must agree")
+    if q.shape[-1] < 1:
+        raise ValueError("q and k have 0 columns; expected at least 1")
+    if k.shape[-2] != v.shape[-2]:
+        raise ValueError(f"k has {k.shape[-2]} rows, v has {v.shape[-2]}: they must agree")
+    lead(q, k, v)
+    dtype = np.dtype(dtypes[0]) if dtypes[0] != "bfloat16" else q.dtype
+    q, k, v = (x.astype(compute_dtype(dtype), copy=False) for x in (q, k, v))
+    return q, k, v, dtype
+
+
+def lead(*arrays):
+    """The leading shape that q, k and v broadcast to, or ValueError."""
+    shapes = [x.shape[:-2] for x in arrays]
+    try:
+        return np.broadcast_shapes(*shapes)
+    except ValueError:
+        given = ", ".join(map(str, shapes))
+        raise ValueError(f"the leading axes of q, k and v do not broadcast: {given}") from None
+
+
+def cotangent(name, x, shape, dtype):
+    """The gradient ``x`` of an output of this shape, in ``dtype``."""
+    x = floating(name, x)
+    if x.shape != tuple(shape):
+        raise ValueError(f"{name} has shape {x.shape}; expected the output's shape {tuple(shape)}")
+    return x.astype(dtype, copy=False)
+
+
+def number(name, value, *, positive=False):
+    """A finite real number as a float; with ``positive``, above zero."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}; expected a real number")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} is {value!r}; expected a finite number" + " > 0" * positive)
+    return float(value)
+
+
+def scale(value, d):
+    """The factor on q @ k.T: 1/sqrt(d) when ``value`` is None."""
+    return 1 / math.sqrt(d) if value is None else number("scale", value)
+
+
+def flag(name, value):
+    """True or False, and nothing that merely behaves like one."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {value!r}; expected True or False")
+    return bool(value)
+
+
+def whole(name, value, *, least, most=None):
+    """An integer from ``least`` to ``most``."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; expected an integer") from None
+    if value < least or (most is not None and value > most):
+        span = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value}; expected an integer {span}")
+    return value
+
+
+def window(value, causal=False):
+    """``window`` as (left, right), both inclusive; ``causal`` makes right 0."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"window is {value!r}; expected an integer or a pair (left, right)")
+    left, right = (whole("window", side, least=0) for side in pair)
+    return left, 0 if flag("causal", causal) else right
+
+
+def fits(name, x, shape):
+    """Refuse an ``x`` that does not broadcast to ``shape``."""
+    try:
+        fine = np.broadcast_shapes(x.shape, shape) == tuple(shape)
+    except ValueError:
+        fine = False
+    if not fine:
+        raise ValueError(f"{name} has shape {x.shape}; expected one that broadcasts to {shape}")
+
+
+def boolean_mask(mask, shape):
+    """A mask of booleans (True = may attend) as a view that spans at least the last two axes."""
+    if hasattr(mask, "indptr"):
+        raise TypeError("mask is a sparse array; give it to sparse_attention, or mask.toarray()")
+    mask = np.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(
+            f"mask has dtype {mask.dtype}; expected bool, True where a query may attend "
+            "(real numbers that are added to the scores go in bias)"
+        )
+    fits("mask", mask, shape)
+    return np.broadcast_to(mask, np.broadcast_shapes(mask.shape, shape[-2:]))
+
+
+def additive_bias(bias, shape, dtype, compute):
+    """A real bias (-inf allowed) rounded to q's dtype, then held in the dtype of the arithmetic."""
+    bias = floating("bias", bias)
+    fits("bias", bias, shape)
+    return bias.astype(dtype, copy=False).astype(compute, copy=False)
+
+
+def csr_mask(mask, n, m):
+    """A boolean csr_array (n, m) in canonical form: sorted, no duplicates, no stored False."""
+    form, dtype = getattr(mask, "format", None), getattr(mask, "dtype", None)
+    if form != "csr" or dtype != bool:
+        came = f"a {form} array of {dtype}" if form else type(mask).__name__
+        raise TypeError(
+            f"mask is {came}; expected a scipy.sparse.csr_array of bool, as refattn.masks makes "
+            "(scipy.sparse.csr_array(mask) turns a dense boolean mask into one)"
+        )
+    if mask.shape != (n, m):
+        raise ValueError(f"mask has shape {mask.shape}; expected (n, m) = {(n, m)}")
+    if not mask.has_canonical_format or not mask.data.all():
+        mask = mask.copy()  # the next two work in place
+        mask.sum_duplicates()
+        mask.eliminate_zeros()
+    return mask
+
+
+def generator(rng):
+    """A numpy Generator from a Generator or an integer seed: chance is always the caller's."""
+    if isinstance(rng, np.random.Generator):
+        return rng
+    return np.random.default_rng(whole("rng", rng, least=0))
+
+
+def choice(name, value, options):
+    """One of the named options."""
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, options))}")
+    return value

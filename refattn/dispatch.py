@@ -1,0 +1,59 @@
+"""Which implementation runs: ``backend="numpy" | "numba" | "cuda"``, lazy and explicit.
+
+A public function is written once, in ``refattn/MECHANISM/formula.py``, under the decorator
+``backends``. A faster version has the same name and arguments in ``cpu.py`` (Numba) or ``cuda.py``
+(Numba CUDA) of the same folder, and is imported when it is first asked for.
+"""
+
+import functools
+import importlib
+import inspect
+
+MODULES = {"numba": "cpu", "cuda": "cuda"}
+NEEDS = {"numba": "pip install numba", "cuda": "pip install 'refattn[cuda]' and an NVIDIA driver"}
+BACKENDS = ("numpy", *MODULES)
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend asked for is not there: its code, its library or its driver is missing."""
+
+
+def backends(formula):
+    """Give ``formula`` the keyword ``backend`` and send each call to the implementation it names."""
+    mechanism = formula.__module__.rsplit(".", 1)[0]
+
+    @functools.wraps(formula)
+    def run(*args, backend="numpy", **options):
+        if backend == "numpy":
+            return formula(*args, **options)
+        return _find(mechanism, formula.__name__, backend)(*args, **options)
+
+    signature = inspect.signature(formula)
+    keyword = inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default="numpy")
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), keyword])
+    return run
+
+
+def _find(mechanism, name, backend):
+    if backend not in MODULES:
+        raise ValueError(
+            f"backend is {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}"
+        )
+    module = f"{mechanism}.{MODULES[backend]}"
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as missing:
+        if missing.name == module:
+            raise _no_kernel(name, backend) from None
+        raise BackendUnavailable(
+            f"backend {backend!r} needs the package {missing.name!r}: {NEEDS[backend]}, "
+            "or call with backend='numpy'"
+        ) from missing
+    except AttributeError:
+        raise _no_kernel(name, backend) from None
+
+
+def _no_kernel(name, backend):
+    return BackendUnavailable(
+        f"{name} has no {backend!r} kernel in this version of refattn: call it with backend='numpy'"
+    )
