@@ -1,0 +1,110 @@
+"""Costs are counted: the definitions run on numbers that count, and the formulas must agree."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import refattn
+from cases import LONG, MECHANISMS, Case, cases
+from definitions import Counted
+from numbers_of import run
+from refattn.cost import Cost, causal_pairs
+
+
+def counted_flops(case, extra=None):
+    q, k, v, options = case.build()
+    Counted.flops = 0
+    run(case.mechanism.definition, q, k, v, {**options, **(extra or {})}, Counted)
+    return Counted.flops
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_flops_equal_the_count(case):
+    options = case.build()[3]
+    cost = case.mechanism.cost(*case.shape, **case.mechanism.cost_sizes(options))
+    assert isinstance(cost, Cost)
+    assert all(isinstance(part, int) for part in (cost.flops, cost.bytes, cost.workspace))
+    assert cost.flops == counted_flops(case)
+
+
+@pytest.mark.parametrize("label", MECHANISMS["softmax_attention"].options)
+def test_flops_of_the_log_sum_exp(label):
+    case = Case(MECHANISMS["softmax_attention"], label, (5, 4, 3, 2))
+    sizes = case.mechanism.cost_sizes(case.build()[3])
+    cost = refattn.softmax_attention_cost(5, 4, 3, 2, **sizes, return_lse=True)
+    assert cost.flops == counted_flops(case, {"return_lse": True})
+
+
+@pytest.mark.parametrize("itemsize", [4, 8])
+@pytest.mark.parametrize("case", cases([(7, 7, 4, 5), (5, 9, 3, 1)]), ids=str)
+def test_bytes_are_those_of_the_arrays(case, itemsize):
+    """Inputs once, outputs once: the sizes that NumPy and SciPy themselves report."""
+    dtype = {4: np.float32, 8: np.float64}[itemsize]
+    q, k, v, options = case.build()
+    arrays = [x.astype(dtype) for x in (q, k, v)]
+    arrays.append(case.mechanism.attention(*arrays, **options))
+    for value in options.values():
+        if hasattr(value, "indptr"):
+            arrays += [value.data, value.indices, value.indptr]
+        elif isinstance(value, np.ndarray):
+            arrays.append(value if value.dtype == bool else value.astype(dtype))
+    sizes = case.mechanism.cost_sizes(options)
+    cost = case.mechanism.cost(*case.shape, **sizes, itemsize=itemsize)
+    assert cost.bytes == sum(x.nbytes for x in arrays)
+
+
+def peak_bytes(function):
+    """Peak of NumPy's allocations during one call, less what it returns."""
+    function()  # imports and caches
+    tracemalloc.start()
+    result = function()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak - result.nbytes
+
+
+@pytest.mark.parametrize("n", [256, 1024])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("softmax_attention", {}),
+        ("local_attention", {"window": 40}),
+        ("local_attention", {"window": 40, "dilation": 2}),
+        ("sparse_attention", {"mask": 40}),
+    ],
+)
+def test_workspace_is_what_is_allocated(name, options, n):
+    """Between one and eight times the count: NumPy does not write every step over its input."""
+    if "mask" in options:
+        options = {"mask": refattn.masks.local(n, options["mask"])}
+    q = k = v = np.ones((n, 16), np.float32)
+    sizes = MECHANISMS[name].cost_sizes(options)
+    counted = MECHANISMS[name].cost(n, n, 16, 16, **sizes).workspace
+    peak = peak_bytes(lambda: MECHANISMS[name].attention(q, k, v, **options))
+    assert counted <= peak <= 8 * counted + 20_000
+
+
+def test_local_workspace_does_not_grow_with_n():
+    peaks = []
+    for n in (1024, 8192):
+        q = k = v = np.ones((n, 16), np.float32)
+        peaks.append(peak_bytes(lambda x=q, y=k, z=v: refattn.local_attention(x, y, z, window=40)))
+    assert peaks[1] <= 1.1 * peaks[0]
+    first, second = (refattn.local_attention_cost(n, n, 16, 16, window=40) for n in (1024, 8192))
+    assert first.workspace == second.workspace
+    assert second.flops < 8.2 * first.flops  # a little over 8: fewer windows are cut off
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (5, 5), (3, 7), (7, 3), (0, 4), (4, 0)])
+def test_causal_pairs(n, m):
+    assert causal_pairs(n, m) == sum(j <= i + m - n for i in range(n) for j in range(m))
+
+
+def test_tiles_of_local_attention_cover_more_than_a_block():
+    case = Case(MECHANISMS["local_attention"], "dilated", LONG)
+    sizes = case.mechanism.cost_sizes(case.build()[3])
+    assert case.mechanism.cost(*LONG, **sizes).flops == counted_flops(case)
+
+
+def test_intensity():
+    assert Cost(flops=8, bytes=4, workspace=0).intensity == 2

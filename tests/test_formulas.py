@@ -1,0 +1,171 @@
+"""Each formula agrees with its definition, in every dtype, at extreme logits, in every layout."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import refattn
+from cases import LONG, MECHANISMS, SHAPES, Case, cases, tolerance
+from definitions import softmax_attention as softmax_definition
+from numbers_of import exact
+
+
+def options_in(options, dtype):
+    """Real arrays among the options in another dtype."""
+    return {
+        name: value.astype(dtype)
+        if isinstance(value, np.ndarray) and value.dtype == np.float64
+        else value
+        for name, value in options.items()
+    }
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_float64_against_forty_digits(case):
+    q, k, v, options = case.build()
+    y = case.mechanism.attention(q, k, v, **options)
+    assert y.dtype == np.float64 and y.shape == (len(q), v.shape[1])
+    truth = exact(case.mechanism.definition, q, k, v, options)
+    assert abs(y - truth).max(initial=0) <= tolerance(q, k, v, options)
+
+
+@pytest.mark.parametrize("case", cases([(7, 7, 4, 5)], scale=1e4), ids=str)
+def test_extreme_logits(case):
+    q, k, v, options = case.build()
+    y = case.mechanism.attention(q, k, v, **options)
+    truth = exact(case.mechanism.definition, q, k, v, options)
+    assert abs(y - truth).max() <= tolerance(q, k, v, options)
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_more_than_one_block_of_queries(name):
+    mechanism = MECHANISMS[name]
+    for label in mechanism.options:
+        if label not in mechanism.square:
+            case = Case(mechanism, label, LONG)
+            q, k, v, options = case.build()
+            sees = case.sees(options)
+            options = {key: x for key, x in options.items() if key in ("scale", "softcap", "bias")}
+            y = mechanism.attention(q, k, v, **case.build()[3])
+            dense = refattn.softmax_attention(q, k, v, mask=sees, **options)
+            assert abs(y - dense).max() <= 2 * tolerance(q, k, v, options)
+
+
+@pytest.mark.parametrize("case", cases([(7, 7, 4, 5), (5, 9, 3, 1)]), ids=str)
+def test_float32_against_forty_digits(case):
+    q, k, v, options = case.build()
+    q, k, v, options = *(x.astype(np.float32) for x in (q, k, v)), options_in(options, np.float32)
+    y = case.mechanism.attention(q, k, v, **options)
+    assert y.dtype == np.float32
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    truth = exact(case.mechanism.definition, *wide, options_in(options, np.float64))
+    assert abs(y - truth).max() <= tolerance(*wide, options, np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("case", cases([(7, 7, 4, 5)]), ids=str)
+def test_half_types_are_computed_in_float32_and_rounded_once(case, dtype):
+    q, k, v, options = case.build()
+    low = [x.astype(dtype) for x in (q, k, v)]
+    options = options_in(options, dtype)
+    y = case.mechanism.attention(*low, **options)
+    single = [x.astype(np.float32) for x in low]
+    wide = case.mechanism.attention(*single, **options_in(options, np.float32))
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(y, wide.astype(dtype))
+    grads = case.mechanism.vjp(y, *low, **options)
+    wide = case.mechanism.vjp(y.astype(np.float32), *single, **options_in(options, np.float32))
+    for g, w in zip(grads, wide, strict=True):
+        assert g.dtype == dtype
+        np.testing.assert_array_equal(g, w.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_log_sum_exp(shape, dtype):
+    for label in MECHANISMS["softmax_attention"].options:
+        case = Case(MECHANISMS["softmax_attention"], label, shape)
+        q, k, v, options = case.build()
+        q, k, v, options = *(x.astype(dtype) for x in (q, k, v)), options_in(options, dtype)
+        y, lse = refattn.softmax_attention(q, k, v, **options, return_lse=True)
+        wide = [x.astype(np.float64) for x in (q, k, v)]
+        options = options_in(options, np.float64)
+        _, truth = exact(softmax_definition, *wide, {**options, "return_lse": True})
+        assert lse.dtype == dtype and lse.shape == (len(q),)
+        np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(truth))
+        seen = np.isfinite(truth)
+        error = abs(lse[seen] - truth[seen]).max(initial=0)
+        assert error <= tolerance(q, k, np.ones((1, 1)), options, dtype)
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_leading_axes_broadcast(name):
+    """Grouped queries: q (2, 3, 2, n, d) against k and v (2, 3, 1, m, .), each head on its own."""
+    mechanism = MECHANISMS[name]
+    n, m, d, e = 6, 6, 3, 2
+    rng = np.random.default_rng(3)
+    q = rng.standard_normal((2, 3, 2, n, d))
+    k, v = rng.standard_normal((2, 3, 1, m, d)), rng.standard_normal((3, 1, m, e))
+    for options in (make(n, m, rng) for make in mechanism.options.values()):
+        y = mechanism.attention(q, k, v, **options)
+        assert y.shape == (2, 3, 2, n, e)
+        for at in np.ndindex(2, 3, 2):
+            one = mechanism.attention(q[at], k[at[0], at[1], 0], v[at[1], 0], **options)
+            assert abs(y[at] - one).max() <= 2 * tolerance(q, k, v, options)
+
+
+def test_mask_and_bias_broadcast_over_leading_axes():
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.standard_normal((2, 3, 5, 4)) for _ in range(3))
+    mask, bias = rng.random((2, 1, 1, 5)) < 0.6, rng.standard_normal((3, 5, 1))
+    y, lse = refattn.softmax_attention(q, k, v, mask=mask, bias=bias, return_lse=True)
+    for b, h in np.ndindex(2, 3):
+        full = {
+            "mask": np.tile(mask[b, 0], (5, 1)),
+            "bias": np.tile(bias[h], (1, 5)),
+            "return_lse": True,
+        }
+        truth, truth_lse = exact(softmax_definition, q[b, h], k[b, h], v[b, h], full)
+        assert abs(y[b, h] - truth).max() <= tolerance(q, k, v, {"bias": bias})
+        np.testing.assert_allclose(lse[b, h], truth_lse, rtol=1e-13)
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_empty_batch_no_queries_no_keys(name):
+    mechanism = MECHANISMS[name]
+    rng = np.random.default_rng(5)
+    for label, make in mechanism.options.items():
+        for n, m in [(0, 4), (4, 0), (0, 0)]:
+            if label in mechanism.square and n != m:
+                continue
+            options = make(n, m, rng)
+            q, k, v = np.ones((2, n, 3)), np.ones((2, m, 3)), np.ones((2, m, 5))
+            y = mechanism.attention(q, k, v, **options)
+            assert y.shape == (2, n, 5) and not y.any()
+            grads = mechanism.vjp(y, q, k, v, **options)
+            assert [g.shape for g in grads[:3]] == [q.shape, k.shape, v.shape]
+        empty = np.ones((0, 4, 3))
+        options = make(4, 4, rng)
+        assert mechanism.attention(empty, empty, empty, **options).shape == (0, 4, 3)
+        assert mechanism.vjp(empty, empty, empty, empty, **options)[0].shape == (0, 4, 3)
+
+
+@pytest.mark.parametrize("case", cases([(7, 7, 4, 5)]), ids=str)
+def test_strided_and_read_only_inputs(case):
+    q, k, v, options = case.build()
+    y = case.mechanism.attention(q, k, v, **options)
+    reversed_, columns = q[::-1].copy()[::-1], np.asfortranarray(k)
+    gaps = np.repeat(v, 2, axis=0)[::2]
+    for x in (reversed_, columns, gaps):
+        x.setflags(write=False)
+    same = case.mechanism.attention(reversed_, columns, gaps, **options)
+    assert abs(y - same).max() <= 2 * tolerance(q, k, v, options)
+
+
+def test_attention_matrix_gives_the_weights():
+    rng = np.random.default_rng(6)
+    q, k, v = (rng.standard_normal((2, 8, 3)) for _ in range(3))
+    a = refattn.attention_matrix(refattn.local_attention, q, k, window=1)
+    assert a.shape == (2, 8, 8)
+    np.testing.assert_allclose(a.sum(axis=-1), 1, rtol=1e-14)
+    y = refattn.local_attention(q, k, v, window=1)
+    assert abs(a @ v - y).max() <= 2 * tolerance(q, k, v, {})

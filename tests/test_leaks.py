@@ -1,0 +1,105 @@
+"""Nothing leaks: NaN in what a query may not see, forward and backward, and the future."""
+
+import numpy as np
+import pytest
+import refattn
+from cases import MECHANISMS, cases
+
+SHAPES = [(7, 7, 4, 5), (5, 9, 3, 1), (9, 5, 1, 2)]
+CAUSAL = [case for case in cases([(9, 9, 4, 5)]) if case.build()[3].get("causal")]
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("case", cases(SHAPES), ids=str)
+def test_a_poisoned_key_reaches_only_the_queries_that_see_it(case, poison):
+    q, k, v, options = case.build()
+    sees = case.sees(options)
+    clean = case.mechanism.attention(q, k, v, **options)
+    dy = np.random.default_rng(1).standard_normal(clean.shape)
+    clean_dq = case.mechanism.vjp(dy, q, k, v, **options)[0]
+    for j in range(len(k)):
+        bad_k, bad_v = k.copy(), v.copy()
+        bad_k[j], bad_v[j] = poison, poison
+        with np.errstate(invalid="ignore"):  # the queries that do see it
+            y = case.mechanism.attention(q, bad_k, bad_v, **options)
+            dq = case.mechanism.vjp(dy, q, bad_k, bad_v, **options)[0]
+        blind = ~sees[:, j]
+        np.testing.assert_allclose(y[blind], clean[blind], rtol=1e-13, atol=1e-15)
+        np.testing.assert_allclose(dq[blind], clean_dq[blind], rtol=1e-12, atol=1e-14)
+        assert not np.isfinite(y[sees[:, j]]).any()
+
+
+@pytest.mark.parametrize("case", cases(SHAPES), ids=str)
+def test_a_poisoned_value_is_not_hidden(case):
+    """With the key intact, an infinite value gives an infinite output where it has weight."""
+    q, k, v, options = case.build()
+    sees = case.sees(options)
+    for j in range(len(k)):
+        bad = v.copy()
+        bad[j, 0] = np.inf
+        y = case.mechanism.attention(q, k, bad, **options)
+        np.testing.assert_array_equal(np.isposinf(y[:, 0]), sees[:, j])
+        assert np.isfinite(y[:, 1:]).all()
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_keys_that_nobody_sees_and_queries_that_see_nothing(name):
+    """Their NaN reaches no gradient at all, and their own gradient is zero."""
+    mechanism = MECHANISMS[name]
+    n, m = 6, 8
+    rng = np.random.default_rng(2)
+    q, k, v = rng.standard_normal((2, n, 3)), rng.standard_normal((2, m, 3)), np.ones((2, m, 2))
+    dy = rng.standard_normal((2, n, 2))
+    if name == "local_attention":  # positions 2..7; keys 0 and 1 are out of every window
+        options, dead_q, dead_k = {"window": (0, 3)}, [], [0, 1]
+    elif name == "sparse_attention":
+        mask = rng.random((n, m)) < 0.7
+        mask[[1, 4]], mask[:, [0, 3, 7]] = False, False
+        options, dead_q, dead_k = {"mask": refattn.masks.causal(n, m)}, [], []
+        options["mask"] = options["mask"].multiply(mask).tocsr().astype(bool)
+        dead_q, dead_k = [1, 4], [0, 3, 7]
+    elif name == "softmax_attention":
+        mask = rng.random((n, m)) < 0.7
+        mask[[1, 4]], mask[:, [0, 3, 7]] = False, False
+        options, dead_q, dead_k = {"mask": mask, "softcap": 3.0}, [1, 4], [0, 3, 7]
+    else:
+        pytest.skip("every key of this mechanism is seen")
+    clean = mechanism.vjp(dy, q, k, v, **options)
+    bad_q, bad_k, bad_v, bad_dy = q.copy(), k.copy(), v.copy(), dy.copy()
+    bad_q[:, dead_q], bad_dy[:, dead_q] = np.nan, np.nan
+    bad_k[:, dead_k], bad_v[:, dead_k] = np.nan, np.inf
+    grads = mechanism.vjp(bad_dy, bad_q, bad_k, bad_v, **options)
+    for g, c in zip(grads, clean, strict=True):
+        np.testing.assert_allclose(g, c, rtol=1e-12, atol=1e-14)
+    assert not grads[0][:, dead_q].any() and not grads[1][:, dead_k].any()
+    assert not grads[2][:, dead_k].any()
+
+
+def test_an_empty_row_has_output_zero_lse_minus_infinity_gradient_zero():
+    q, k, v = np.ones((3, 2)), np.ones((4, 2)), np.ones((4, 2))
+    mask = np.ones((3, 4), bool)
+    mask[1] = False
+    y, lse = refattn.softmax_attention(q, k, v, mask=mask, return_lse=True)
+    assert not y[1].any() and lse[1] == -np.inf and np.isfinite(lse[[0, 2]]).all()
+    dq, *_ = refattn.softmax_attention_vjp(y, q, k, v, mask=mask, dlse=lse)
+    assert not dq[1].any()
+
+
+def test_merging_ignores_parts_that_saw_nothing():
+    y, lse = refattn.merge_attention([[[1.0]], [[np.nan]]], [[0.5], [-np.inf]])
+    assert y == 1 and lse == 0.5
+    y, lse = refattn.merge_attention([[[np.nan]], [[np.nan]]], [[-np.inf], [-np.inf]])
+    assert y == 0 and lse == -np.inf
+
+
+@pytest.mark.parametrize("amount", [1.0, 1e5, np.nan])
+@pytest.mark.parametrize("case", CAUSAL, ids=str)
+def test_the_future_changes_nothing(case, amount):
+    q, k, v, options = case.build()
+    y = case.mechanism.attention(q, k, v, **options)
+    for i in range(len(q)):
+        later_k, later_v = k.copy(), v.copy()
+        later_k[i + 1 :] += amount
+        later_v[i + 1 :] += amount
+        again = case.mechanism.attention(q, later_k, later_v, **options)
+        np.testing.assert_allclose(again[: i + 1], y[: i + 1], rtol=1e-13, atol=1e-15)
