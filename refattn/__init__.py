@@ -4,7 +4,7 @@ Each mechanism is a folder with the truth in ``formula.py``. Attentions take q (
 k (..., m, d), v (..., m, e); beside NAME stand NAME_vjp, its gradient, and NAME_cost.
 """
 
-from refattn import masks
+from refattn import datasets, masks, verify
 from refattn.arrays import attention_matrix
 from refattn.cost import Cost
 from refattn.dispatch import BackendUnavailable
@@ -29,6 +29,7 @@ __all__ = [
     "BackendUnavailable",
     "Cost",
     "attention_matrix",
+    "datasets",
     "local_attention",
     "local_attention_cost",
     "local_attention_vjp",
@@ -40,4 +41,5 @@ __all__ = [
     "sparse_attention",
     "sparse_attention_cost",
     "sparse_attention_vjp",
+    "verify",
 ]

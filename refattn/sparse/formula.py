@@ -194,7 +194,7 @@ def sparse_attention(q, k, v, *, mask, scale=None):
 
     Notes
     -----
-    Cost: about 2 nnz (d + e) FLOPs; workspace nnz scores, and 4096 pairs of rows at a time for
+    Cost: about 2 nnz (d + e) FLOPs; workspace nnz scores, and 1024 pairs of rows at a time for
     their dot products.
 
     Error: as ``softmax_attention``, with the longest row in the place of m.

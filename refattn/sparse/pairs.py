@@ -6,7 +6,7 @@ A pair meets only its own row and column, so a NaN elsewhere in k or v cannot le
 import numpy as np
 import scipy
 
-PAIRS = 4096  # pairs whose dot products are computed together
+PAIRS = 1024  # pairs whose dot products are computed together
 
 
 def pair_dots(a, b, mask):
