@@ -19,7 +19,7 @@ class BackendUnavailable(RuntimeError):
 
 
 def backends(formula):
-    """Give ``formula`` the keyword ``backend`` and send each call to the implementation it names."""
+    """Give ``formula`` the keyword ``backend``; a call goes to the implementation it names."""
     mechanism = formula.__module__.rsplit(".", 1)[0]
 
     @functools.wraps(formula)

@@ -7,10 +7,11 @@ in definitions.py): the test files loop over what stands here.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import definitions
 import numpy as np
-import refattn
 import scipy
+
+import definitions
+import refattn
 
 # n, m, d, e: one token, one key, odd sizes, n != m both ways, more than one block of 64
 SHAPES = [

@@ -52,7 +52,7 @@ MUTATIONS = [
     (SPARSE, "low, high = max(0, i[0] - left)", "low, high = max(1, i[0] - left)"),
     (SPARSE, "np.maximum(0, high - low + 1)", "np.maximum(0, high - low)"),
     (MASKS, "_spans(start + size - 1, start", "_spans(start + size, start"),
-    (MASKS, "while not levels or size < n:", "while not levels or size <= n:"),
+    (MASKS, "while not levels or size < n:", "while not levels:"),
     (MASKS, "ends = range(block - summary, block)", "ends = range(block - summary, block - 1)"),
     (MASKS, "_spans(i % stride, stop, stride, n)", "_spans(i % stride + 1, stop, stride, n)"),
     (COST, "short * (short + 1) // 2", "short * (short - 1) // 2"),

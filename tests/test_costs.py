@@ -4,6 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+
 import refattn
 from cases import LONG, MECHANISMS, Case, cases
 from definitions import Counted

@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+
 import refattn
 from cases import MECHANISMS
 from refattn import course

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-import refattn
 import scipy
+
+import refattn
 from cases import MECHANISMS
 from refattn import masks
 

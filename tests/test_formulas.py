@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+
 import refattn
 from cases import LONG, MECHANISMS, SHAPES, Case, cases, tolerance
 from definitions import softmax_attention as softmax_definition

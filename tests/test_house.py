@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 import pytest
+
 import refattn
 from cases import MECHANISMS, cases
 

@@ -1,14 +1,15 @@
-"""Each mask against its definition pair by pair, its row counts against closed forms, and its form."""
+"""Each mask against its definition pair by pair, and its row counts against closed forms."""
 
 import math
 
-import definitions
 import numpy as np
 import pytest
-import refattn
 import scipy
 from hypothesis import given
 from hypothesis import strategies as st
+
+import definitions
+import refattn
 from refattn import masks
 
 SIZES = [0, 1, 2, 5, 12, 27, 40]
@@ -98,7 +99,7 @@ def test_queries_and_keys_of_different_number(n, m):
         mask, dense(n, m, lambda i, j: definitions.causal_sees(i, j, n, m))
     )
     for options in ({"window": 1}, {"window": (2, 0), "dilation": 2}, {"window": 9}):
-        sees = lambda i, j, o=options: definitions.window_sees(i, j, n, m, **o)  # noqa: E731
+        sees = lambda i, j, o=options: definitions.window_sees(i, j, n, m, **o)
         np.testing.assert_array_equal(masks.local(n, m=m, **options).toarray(), dense(n, m, sees))
 
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-import refattn
-from cases import MECHANISMS, cases, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
+
+import refattn
+from cases import MECHANISMS, cases, tolerance
 
 sizes = st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 6), st.integers(1, 4))
 seeds = st.integers(0, 2**32 - 1)

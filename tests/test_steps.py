@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+
 from cases import tolerance
 from definitions import softmax_attention as definition
 from numbers_of import exact

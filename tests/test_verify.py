@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 import refattn
 from refattn.verify import check, check_answer
 
@@ -71,7 +72,7 @@ def test_options_choose_the_truth():
     ).passed
     assert not check(softmax, "local_attention", **window).passed
     mask = refattn.masks.hierarchical(20, 3)
-    right = lambda q, k, v: refattn.softmax_attention(q, k, v, mask=mask.toarray())  # noqa: E731
+    right = lambda q, k, v: refattn.softmax_attention(q, k, v, mask=mask.toarray())
     report = check(right, "sparse_attention", mask=mask)
     assert report.passed and len(report.lines) > 2
 

@@ -8,6 +8,7 @@ import inspect
 
 import numpy as np
 import pytest
+
 import refattn
 from cases import LONG, MECHANISMS, Case, cases, logit_size
 from numbers_of import rows, run

@@ -1,0 +1,69 @@
+# Needs python3 (3.11 or newer) and make. Everything else goes into .venv.
+
+PYTHON ?= python3
+# More arguments for pytest or uv, as in: make test ARGS="-k linear"
+ARGS ?=
+
+PY = .venv/bin/python
+READY = .venv/.ready
+# Small sizes, and their figures apart from those of the course.
+SIZE = REFATTN_FAST=1 REFATTN_FIGURES="$(CURDIR)/build/fast"
+# One thread of BLAS for each of the two workers, which otherwise wait for each other.
+QUIET = MPLBACKEND=Agg TQDM_DISABLE=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PYTEST = $(SIZE) $(QUIET) $(PY) -m pytest -n 2 --dist worksteal --doctest-modules
+# Outputs and counts stay; what changes from run to run goes.
+STRIP = --keep-output --keep-count --keep-id \
+	--extra-keys "cell.metadata.execution metadata.language_info"
+
+.PHONY: help course test figures check lint format coverage mutants lock clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+course: $(READY)  ## run every notebook and write pages, figures and a summary into build/
+	@$(PY) scripts/notebooks.py course
+
+test: $(READY)  ## run the tests, the doctests and the notebooks in a small size
+	@$(PYTEST) --nbmake --nbmake-timeout=120 tests refattn notebooks $(ARGS)
+
+figures: $(READY)  ## run the notebooks in place and refresh their outputs and figures/
+	@$(PY) scripts/notebooks.py figures
+
+check: $(READY)  ## run the notebooks and compare with the outputs that are in them
+	@$(PY) scripts/notebooks.py check
+
+lint: $(READY)  ## check code and notebooks, change nothing
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@find notebooks -name '*.ipynb' -not -path '*/.*' \
+		-exec $(PY) -m nbstripout $(STRIP) --verify {} +
+
+format: $(READY)  ## fix what can be fixed
+	@$(PY) -m ruff check --fix-only
+	@$(PY) -m ruff format
+	@find notebooks -name '*.ipynb' -not -path '*/.*' -exec $(PY) -m nbstripout $(STRIP) {} +
+
+coverage: $(READY)  ## run the tests and require 95% of the lines and branches
+	@$(PYTEST) --cov --cov-report=term --cov-fail-under=95 tests refattn $(ARGS)
+
+mutants: $(READY)  ## break each formula and see that a test notices
+	@$(PY) tests/mutations.py
+
+lock: $(READY)  ## write constraints.txt from pyproject.toml (ARGS=--upgrade for new versions)
+	@$(PY) -m pip install --quiet uv
+	@$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --all-extras \
+		--no-emit-package refattn --no-annotate --no-header --output-file constraints.txt \
+		$(ARGS) pyproject.toml
+
+clean:  ## remove .venv, build/ and all caches
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo '$(PYTHON) is missing or older than 3.11: try make PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+		{ echo '$(PYTHON) cannot make a venv (Debian, Ubuntu: apt install python3-venv)' >&2; exit 1; }
+	@echo 'Installing requirements.txt into .venv, about a minute the first time ...'
+	@$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
+	@touch $@
