@@ -3,6 +3,7 @@
 import ast
 import inspect
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -117,3 +118,20 @@ def test_the_definitions_import_nothing_that_they_judge():
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_short_enough_to_read_in_one_go(path):
     assert len(path.read_text().splitlines()) <= 360
+
+
+def test_the_examples_of_the_readme_run(capsys):
+    text = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {"my_kernel": lambda q, k, v: refattn.local_attention(q, k, v, window=16)}
+    for block in blocks:
+        exec(block, names)
+    printed = capsys.readouterr().out
+    assert len(blocks) == 2 and "local_attention: right" in printed
+
+
+def test_the_links_of_the_documents_lead_somewhere():
+    for name in ("README.md", "CONTRIBUTING.md", "refattn/data/README.md"):
+        text = (ROOT.parent / name).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT.parent / name).parent.joinpath(link).exists(), f"{name}: {link}"
