@@ -12,6 +12,7 @@ import inspect
 MODULES = {"numba": "cpu", "cuda": "cuda"}
 NEEDS = {"numba": "pip install numba", "cuda": "pip install 'refattn[cuda]' and an NVIDIA driver"}
 BACKENDS = ("numpy", *MODULES)
+ROW_FORMS = {}
 
 
 class BackendUnavailable(RuntimeError):
@@ -32,6 +33,22 @@ def backends(formula):
     keyword = inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default="numpy")
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), keyword])
     return run
+
+
+def rows_of(attention):
+    """Register how some rows of ``attention`` are computed without the others.
+
+    The function registered takes (rows, n, m, **options), rows being sorted query positions, and
+    returns (forward, vjp, options) such that ``forward(q[..., rows, :], k, v, **options)`` gives
+    those rows of the attention, and vjp its gradient; or None where these options do not go row
+    by row. Gates use it to leave closed rows out.
+    """
+
+    def register(form):
+        ROW_FORMS[attention.__name__] = form
+        return form
+
+    return register
 
 
 def _find(mechanism, name, backend):

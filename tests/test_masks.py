@@ -8,8 +8,8 @@ import scipy
 from hypothesis import given
 from hypothesis import strategies as st
 
-import definitions
 import refattn
+from definitions import softmax, sparse
 from refattn import masks
 
 SIZES = [0, 1, 2, 5, 12, 27, 40]
@@ -20,7 +20,7 @@ def dense(n, m, sees):
 
 
 def local(i, j, n, **window):
-    return definitions.window_sees(i, j, n, n, **window)
+    return sparse.window_sees(i, j, n, n, **window)
 
 
 DEFINED = {
@@ -33,22 +33,22 @@ DEFINED = {
         lambda n: masks.dilated(n, (2, 1), 3),
         lambda i, j, n: local(i, j, n, window=(2, 1), dilation=3),
     ),
-    "causal": (masks.causal, lambda i, j, n: definitions.causal_sees(i, j, n, n)),
+    "causal": (masks.causal, lambda i, j, n: softmax.causal_sees(i, j, n, n)),
     "strided": (
         lambda n: masks.strided(n, 4),
-        lambda i, j, n: definitions.strided_sees(i, j, 4, False),
+        lambda i, j, n: sparse.strided_sees(i, j, 4, False),
     ),
     "strided-causal": (
         lambda n: masks.strided(n, 4, causal=True),
-        lambda i, j, n: definitions.strided_sees(i, j, 4, True),
+        lambda i, j, n: sparse.strided_sees(i, j, 4, True),
     ),
     "fixed": (
         lambda n: masks.fixed(n, 5, summary=2),
-        lambda i, j, n: definitions.fixed_sees(i, j, 5, 2, False),
+        lambda i, j, n: sparse.fixed_sees(i, j, 5, 2, False),
     ),
     "fixed-causal": (
         lambda n: masks.fixed(n, 4, causal=True),
-        lambda i, j, n: definitions.fixed_sees(i, j, 4, 1, True),
+        lambda i, j, n: sparse.fixed_sees(i, j, 4, 1, True),
     ),
     "global": (
         lambda n: masks.global_tokens(n, range(0, n, 4)),
@@ -58,11 +58,11 @@ DEFINED = {
     "block_causal": (lambda n: masks.block_causal(n, 4), lambda i, j, n: j // 4 <= i // 4),
     "hierarchical": (
         lambda n: masks.hierarchical(n, 3),
-        lambda i, j, n: definitions.hierarchical_sees(i, j, n, 3),
+        lambda i, j, n: sparse.hierarchical_sees(i, j, n, 3),
     ),
     "hierarchical-causal": (
         lambda n: masks.hierarchical(n, 2, causal=True),
-        lambda i, j, n: definitions.hierarchical_sees(i, j, n, 2) and j <= i,
+        lambda i, j, n: sparse.hierarchical_sees(i, j, n, 2) and j <= i,
     ),
     "longformer": (
         lambda n: masks.longformer(n, 1, range(0, n, 6), dilation=2),
@@ -95,11 +95,9 @@ def test_canonical_boolean_csr(name):
 @pytest.mark.parametrize(("n", "m"), [(3, 7), (7, 3), (5, 5), (0, 3), (3, 0)])
 def test_queries_and_keys_of_different_number(n, m):
     mask = masks.causal(n, m).toarray()
-    np.testing.assert_array_equal(
-        mask, dense(n, m, lambda i, j: definitions.causal_sees(i, j, n, m))
-    )
+    np.testing.assert_array_equal(mask, dense(n, m, lambda i, j: softmax.causal_sees(i, j, n, m)))
     for options in ({"window": 1}, {"window": (2, 0), "dilation": 2}, {"window": 9}):
-        sees = lambda i, j, o=options: definitions.window_sees(i, j, n, m, **o)
+        sees = lambda i, j, o=options: sparse.window_sees(i, j, n, m, **o)
         np.testing.assert_array_equal(masks.local(n, m=m, **options).toarray(), dense(n, m, sees))
 
 
@@ -110,7 +108,7 @@ def test_sparse_dense_and_definition_agree(name):
     q, k, v = np.random.default_rng(1).standard_normal((3, n, 4))
     y = refattn.sparse_attention(q, k, v, mask=mask)
     z = refattn.softmax_attention(q, k, v, mask=mask.toarray())
-    loops = definitions.sparse_attention(
+    loops = sparse.sparse_attention(
         q.tolist(), k.tolist(), v.tolist(), mask=mask.toarray().tolist()
     )
     np.testing.assert_allclose(y, z, rtol=1e-13, atol=1e-14)

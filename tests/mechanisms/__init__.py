@@ -1,0 +1,1 @@
+"""One file a mechanism: its attentions as ``MECHANISMS``, a list of ``cases.Mechanism``."""
