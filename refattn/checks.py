@@ -147,6 +147,11 @@ def additive_bias(bias, shape, dtype, compute):
     return bias.astype(dtype, copy=False).astype(compute, copy=False)
 
 
+def real_option(name, x, dtype, compute):
+    """A real array rounded to q's dtype, then held in the dtype of the arithmetic."""
+    return floating(name, x).astype(dtype, copy=False).astype(compute, copy=False)
+
+
 def csr_mask(mask, n, m):
     """A boolean csr_array (n, m) in canonical form: sorted, no duplicates, no stored False."""
     form, dtype = getattr(mask, "format", None), getattr(mask, "dtype", None)
@@ -177,3 +182,30 @@ def choice(name, value, options):
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, options))}")
     return value
+
+
+def key_mask(mask, shape):
+    """A mask of keys: booleans (True = may be attended) that broadcast to (..., m)."""
+    mask = np.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(
+            f"key_mask has dtype {mask.dtype}; expected bool, True where a key may be attended"
+        )
+    fits("key_mask", mask, shape)
+    return np.broadcast_to(mask, np.broadcast_shapes(mask.shape, shape[-1:]))
+
+
+def state(name, value, shapes, dtype):
+    """(S, z) of a linear form in the dtype of the arithmetic; zeros where None came."""
+    if value is None:
+        return np.zeros(shapes[0][-2:], dtype), np.zeros(shapes[1][-1:], dtype)
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} is {type(value).__name__}; expected a pair (S, z)")
+    parts = []
+    for part, axes, x, shape in zip("Sz", (2, 1), value, shapes, strict=True):
+        x = floating(f"{name} {part}", x)
+        if x.shape[-axes:] != shape[-axes:]:
+            raise ValueError(f"{name} {part} has shape {x.shape}; expected {shape}")
+        fits(f"{name} {part}", x, shape)
+        parts.append(x.astype(dtype, copy=False))
+    return tuple(parts)

@@ -1,7 +1,7 @@
 """A typical setting of every mechanism, for tables that lay them side by side.
 
-Each mechanism's folder has an ``examples.py`` with ``examples(n, d) -> list of Example``; a new
-mechanism joins the tables by having one.
+Each mechanism's folder has an ``examples.py`` with ``examples(n, d) -> list of Example`` and
+``CHAPTER``, the section it belongs to; a new mechanism joins the tables by having one.
 """
 
 import importlib
@@ -29,7 +29,8 @@ class Example:
 
 
 def examples(n, d):
-    """The examples of every mechanism that has some, for n tokens and head size d.
+    """The examples of every mechanism that has some, for n tokens and head size d,
+    in the chapter's order.
 
     >>> [example.label for example in examples(64, 8)][0]
     'softmax'
@@ -38,4 +39,5 @@ def examples(n, d):
     names = [folder.name for folder in pkgutil.iter_modules([str(home)]) if folder.ispkg]
     folders = [name for name in names if (home / name / "examples.py").exists()]
     modules = [importlib.import_module(f"refattn.{name}.examples") for name in folders]
+    modules.sort(key=lambda module: module.CHAPTER)
     return [example for module in modules for example in module.examples(n, d)]

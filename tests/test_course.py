@@ -58,7 +58,11 @@ def test_examples_run_and_are_costed(n):
 
 
 def test_every_mechanism_has_an_example():
-    assert {example.attention.__name__ for example in examples(64, 8)} == set(MECHANISMS)
+    """One folder may hold several attentions; at least one of them stands in the tables."""
+    folders = {mechanism.attention.__module__.split(".")[1] for mechanism in MECHANISMS.values()}
+    shown = examples(64, 8)
+    assert {example.attention.__module__.split(".")[1] for example in shown} == folders
+    assert shown[0].label == "softmax"  # the chapter's order
 
 
 def test_summary_lays_every_example_beside_exact_attention(tmp_path):

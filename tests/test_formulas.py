@@ -63,9 +63,9 @@ def test_half_types_are_computed_in_float32_and_rounded_once(case, dtype):
     np.testing.assert_array_equal(y, wide.astype(dtype))
     grads = case.mechanism.vjp(y, *low, **options)
     wide = case.mechanism.vjp(y.astype(np.float32), *single, **options_in(options, np.float32))
-    for g, w in zip(flat(grads), flat(wide), strict=True):
-        assert g.dtype == dtype
-        np.testing.assert_array_equal(g, w.astype(dtype))
+    assert all(g.dtype == dtype for g in grads if not isinstance(g, tuple))
+    for g, w in zip(flat(grads), flat(wide), strict=True):  # a state stays in float32
+        np.testing.assert_array_equal(g, w.astype(g.dtype))
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -119,7 +119,8 @@ def test_mask_and_bias_broadcast_over_leading_axes():
 def test_no_queries_or_no_keys(case):
     q, k, v, options = case.build(2)
     y = case.mechanism.attention(q, k, v, **options)
-    assert y.shape[0] == 2 and y.shape[-1] == 5 and not y.any()
+    assert y.shape[0] == 2 and y.shape[-1] == 5
+    assert not y.any() or "initial_state" in options
     grads = case.mechanism.vjp(y, q, k, v, **options)
     assert [g.shape for g in grads[:3]] == [q.shape, k.shape, v.shape]
 

@@ -20,7 +20,7 @@ ATTENTIONS = [name for name in FUNCTIONS if hasattr(refattn, f"{name}_vjp")]
 def test_every_attention_is_under_test():
     """An attention has a gradient and a cost, and is registered in cases.py."""
     named = {name for name in FUNCTIONS if name.endswith("_attention")} - {"merge_attention"}
-    assert named == set(ATTENTIONS) == set(MECHANISMS)
+    assert named <= set(ATTENTIONS) == set(MECHANISMS)
     assert all(hasattr(refattn, f"{name}_cost") for name in ATTENTIONS)
 
 
@@ -101,7 +101,7 @@ def imports(path):
 def test_a_formula_imports_numpy_scipy_and_formulas(path):
     for name in imports(path):
         top, *rest = name.split(".")
-        assert top in ("numpy", "scipy", "refattn"), name
+        assert top in ("numpy", "scipy", "refattn", "functools"), name
         assert not {"cpu", "cuda", "verify"} & set(rest), name
 
 

@@ -28,7 +28,7 @@ def test_a_poisoned_key_reaches_only_the_queries_that_see_it(case, poison):
         blind = np.flatnonzero(~sees[:, j])
         np.testing.assert_allclose(y[blind], clean[blind], rtol=1e-13, atol=1e-15)
         np.testing.assert_allclose(dq[blind], clean_dq[blind], rtol=1e-12, atol=1e-14)
-        if case.label not in case.mechanism.nonlinear:
+        if np.isnan(poison):
             assert not np.isfinite(y[sees[: len(y), j]]).any()
 
 
@@ -89,5 +89,6 @@ def test_the_future_changes_nothing(case, amount):
         later_k, later_v = k.copy(), v.copy()
         later_k[i + 1 :] += amount
         later_v[i + 1 :] += amount
-        again = case.mechanism.attention(q, later_k, later_v, **options)
+        with np.errstate(over="ignore", invalid="ignore"):  # in the rows that see the change
+            again = case.mechanism.attention(q, later_k, later_v, **options)
         np.testing.assert_allclose(again[: i + 1], y[: i + 1], rtol=1e-13, atol=1e-15)

@@ -3,6 +3,8 @@
 from refattn.examples import Example
 from refattn.softmax import softmax_attention, softmax_attention_cost
 
+CHAPTER = "12.3"
+
 
 def examples(n, d):
     """Softmax attention as it is."""

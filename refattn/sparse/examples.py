@@ -11,6 +11,8 @@ from refattn.sparse import (
     sparse_attention_cost,
 )
 
+CHAPTER = "12.3.1"
+
 
 def examples(n, d):
     """Windows of 16 and 64 each side, one with gaps, and the masks of the papers."""

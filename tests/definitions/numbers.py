@@ -33,7 +33,8 @@ class Counted:
         return self._new(self.value * plain(other))
 
     def __truediv__(self, other):
-        return self._new(self.value / plain(other))
+        divisor = plain(other)
+        return self._new(self.value / divisor if divisor else 0)
 
     def __gt__(self, other):
         Counted.flops += 1
