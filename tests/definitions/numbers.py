@@ -46,7 +46,7 @@ def plain(x):
 
 
 def elementary(name):
-    """exp, log or tanh for each kind of number."""
+    """exp, log and the like for each kind of number."""
 
     @singledispatch
     def function(x):
@@ -59,6 +59,7 @@ def elementary(name):
 
 
 exp, tanh, positive_log = elementary("exp"), elementary("tanh"), elementary("log")
+cos, sin = elementary("cos"), elementary("sin")
 
 
 def log(x):
