@@ -9,6 +9,7 @@ import numbers
 import operator
 
 import numpy as np
+import scipy
 
 COMPUTE = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
 
@@ -65,17 +66,27 @@ def lead(*arrays):
 
 
 def cotangent(name, x, shape, dtype):
-    """The gradient ``x`` of an output of this shape, in ``dtype``."""
+    """The gradient of an output of this shape, rounded to ``dtype``, ready for arithmetic."""
     x = floating(name, x)
     if x.shape != tuple(shape):
         raise ValueError(f"{name} has shape {x.shape}; expected the output's shape {tuple(shape)}")
-    return x.astype(dtype, copy=False)
+    return x.astype(dtype, copy=False).astype(compute_dtype(dtype), copy=False)
+
+
+def sizes(n, m, d, e):
+    """Sizes of one head, as costs take them."""
+    named = {"n": (n, 0), "m": (m, 0), "d": (d, 1), "e": (e, 0)}
+    return tuple(whole(name, size, least=least) for name, (size, least) in named.items())
 
 
 def number(name, value, *, positive=False):
     """A finite real number as a float; with ``positive``, above zero."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}; expected a real number")
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
     if not math.isfinite(value) or (positive and value <= 0):
         raise ValueError(f"{name} is {value!r}; expected a finite number" + " > 0" * positive)
     return float(value)
@@ -128,7 +139,7 @@ def fits(name, x, shape):
 
 def boolean_mask(mask, shape):
     """A mask of booleans (True = may attend) as a view that spans at least the last two axes."""
-    if hasattr(mask, "indptr"):
+    if scipy.sparse.issparse(mask):
         raise TypeError("mask is a sparse array; give it to sparse_attention, or mask.toarray()")
     mask = np.asarray(mask)
     if mask.dtype != bool:
@@ -144,7 +155,11 @@ def additive_bias(bias, shape, dtype, compute):
     """A real bias (-inf allowed) rounded to q's dtype, then held in the dtype of the arithmetic."""
     bias = floating("bias", bias)
     fits("bias", bias, shape)
-    return bias.astype(dtype, copy=False).astype(compute, copy=False)
+    with np.errstate(over="ignore"):
+        rounded = bias.astype(dtype, copy=False).astype(compute, copy=False)
+    if not (np.isfinite(rounded) | ~np.isfinite(bias)).all():
+        raise ValueError(f"bias has finite entries beyond {dtype}; -inf hides a pair")
+    return rounded
 
 
 def real_option(name, x, dtype, compute):
@@ -154,15 +169,17 @@ def real_option(name, x, dtype, compute):
 
 def csr_mask(mask, n, m):
     """A boolean csr_array (n, m) in canonical form: sorted, no duplicates, no stored False."""
-    form, dtype = getattr(mask, "format", None), getattr(mask, "dtype", None)
-    if form != "csr" or dtype != bool:
-        came = f"a {form} array of {dtype}" if form else type(mask).__name__
+    if not isinstance(mask, scipy.sparse.csr_array) or mask.dtype != bool:
+        sparse = scipy.sparse.issparse(mask)
+        came = type(mask).__name__ + (f" of {mask.dtype}" if sparse else "")
         raise TypeError(
             f"mask is {came}; expected a scipy.sparse.csr_array of bool, as refattn.masks makes "
             "(scipy.sparse.csr_array(mask) turns a dense boolean mask into one)"
         )
     if mask.shape != (n, m):
         raise ValueError(f"mask has shape {mask.shape}; expected (n, m) = {(n, m)}")
+    if mask.nnz and not 0 <= mask.indices.min() <= mask.indices.max() < m:
+        raise ValueError(f"mask has column indices outside 0 to {m - 1}")
     if not mask.has_canonical_format or not mask.data.all():
         mask = mask.copy()  # the next two work in place
         mask.sum_duplicates()

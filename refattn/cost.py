@@ -44,6 +44,11 @@ def qkvy_bytes(n, m, d, e, itemsize):
     return itemsize * (n * d + m * d + m * e + n * e)
 
 
+def working_size(itemsize):
+    """Bytes of one number in the arithmetic: half types are computed in float32."""
+    return max(itemsize, 4)
+
+
 def causal_pairs(n, m):
     """Pairs with j <= i + (m - n): bottom-right causal."""
     short = min(n, m)  # the last `short` queries see m - short + 1, ..., m keys

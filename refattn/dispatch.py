@@ -10,7 +10,7 @@ import importlib
 import inspect
 
 MODULES = {"numba": "cpu", "cuda": "cuda"}
-NEEDS = {"numba": "pip install numba", "cuda": "pip install 'refattn[cuda]' and an NVIDIA driver"}
+NEEDS = {"numba": "pip install numba", "cuda": "pip install 'numba-cuda[cu13]'"}
 BACKENDS = ("numpy", *MODULES)
 ROW_FORMS = {}
 
@@ -52,25 +52,23 @@ def rows_of(attention):
 
 
 def _find(mechanism, name, backend):
-    if backend not in MODULES:
+    if not isinstance(backend, str) or backend not in MODULES:
         raise ValueError(
             f"backend is {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}"
         )
     module = f"{mechanism}.{MODULES[backend]}"
+    kernel = None
     try:
-        return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as missing:
-        if missing.name == module:
-            raise _no_kernel(name, backend) from None
+        kernel = getattr(importlib.import_module(module), name, None)
+    except ImportError as missing:
+        if missing.name != module:
+            raise BackendUnavailable(
+                f"backend {backend!r} needs the package {missing.name!r} ({missing}): "
+                f"{NEEDS[backend]}, or call with backend='numpy'"
+            ) from missing
+    if kernel is None:
         raise BackendUnavailable(
-            f"backend {backend!r} needs the package {missing.name!r}: {NEEDS[backend]}, "
-            "or call with backend='numpy'"
-        ) from missing
-    except AttributeError:
-        raise _no_kernel(name, backend) from None
-
-
-def _no_kernel(name, backend):
-    return BackendUnavailable(
-        f"{name} has no {backend!r} kernel in this version of refattn: call it with backend='numpy'"
-    )
+            f"{name} has no {backend!r} kernel in this version of refattn: "
+            "call it with backend='numpy'"
+        )
+    return kernel

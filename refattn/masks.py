@@ -44,7 +44,7 @@ def intersection(*masks):
 
 
 def local(n, window, *, m=None, causal=False, dilation=1):
-    """The window of ``local_attention``: left <= t <= right around position i + (m - n).
+    """The window of ``local_attention``: -left <= t <= right around position i + (m - n).
 
     Row count: left + right + 1 away from the ends. Beltagy et al. 2020, arXiv:2004.05150.
 
@@ -53,7 +53,7 @@ def local(n, window, *, m=None, causal=False, dilation=1):
     """
     n, m = _sizes(n, m)
     first, count = window_keys(n, m, window, causal, dilation)
-    return _progressions(first, count, dilation, m)
+    return _progressions(first, count, min(dilation, n + m + 1), m)
 
 
 def dilated(n, window, dilation, *, m=None, causal=False):
@@ -87,7 +87,7 @@ def strided(n, stride, *, causal=False):
     array([0, 1, 0, 1, 1, 1])
     """
     n, _ = _sizes(n)
-    stride = checks.whole("stride", stride, least=1)
+    stride = min(checks.whole("stride", stride, least=1), n + 1)  # more changes nothing
     i = np.arange(n)
     stop = i + 1 if checks.flag("causal", causal) else np.full(n, n)
     return union(local(n, stride, causal=causal), _spans(i % stride, stop, stride, n))
@@ -105,6 +105,7 @@ def fixed(n, block, *, summary=1, causal=False):
     n, _ = _sizes(n)
     block = checks.whole("block", block, least=1)
     summary = checks.whole("summary", summary, least=1, most=block)
+    summary, block = min(summary, n + 1), min(block, n + 1)
     i = np.arange(n)
     stop = i + 1 if checks.flag("causal", causal) else np.full(n, n)
     start = i // block * block
@@ -155,7 +156,7 @@ def block_diagonal(n, block):
            [0, 0, 1]])
     """
     n, _ = _sizes(n)
-    block = checks.whole("block", block, least=1)
+    block = min(checks.whole("block", block, least=1), n + 1)
     start = np.arange(n) // block * block
     return _spans(start, start + block, 1, n)
 
@@ -169,7 +170,7 @@ def block_causal(n, block):
            [1, 1, 1]])
     """
     n, _ = _sizes(n)
-    block = checks.whole("block", block, least=1)
+    block = min(checks.whole("block", block, least=1), n + 1)
     return _spans(np.zeros(n, int), (np.arange(n) // block + 1) * block, 1, n)
 
 
@@ -188,7 +189,7 @@ def hierarchical(n, b, causal=False):
     array([1, 1, 1, 0, 0, 1, 0, 0, 1])
     """
     n, _ = _sizes(n)
-    b = checks.whole("b", b, least=2)
+    b = min(checks.whole("b", b, least=2), n + 2)
     i = np.arange(n)
     levels, size = [], 1
     while not levels or size < n:
@@ -214,7 +215,8 @@ def bigbird(n, block, *, window=1, global_blocks=2, random_blocks=3, rng):
 
     window: blocks to each side; global_blocks: the first blocks, which see all and are seen by
     all; random_blocks: further draws for each row of blocks (some may fall on blocks that are
-    already seen). The defaults are the paper's. Zaheer et al. 2020, arXiv:2007.14062, appendix D.
+    already seen). The defaults are the paper's, and need at least 3 blocks. Zaheer et al. 2020,
+    arXiv:2007.14062, appendix D.
 
     >>> bigbird(8, 2, window=0, global_blocks=1, random_blocks=0, rng=0).toarray().astype(int)[5]
     array([1, 1, 0, 0, 1, 1, 0, 0])
@@ -259,8 +261,8 @@ def _sizes(n, m=None):
 def _same_shape(name, masks):
     if not masks:
         raise ValueError(f"{name} came without masks; expected at least one")
-    shape = np.shape(masks[0])
-    return [checks.csr_mask(mask, *shape) for mask in masks]
+    shape = masks[0].shape if scipy.sparse.issparse(masks[0]) else (0, 0)
+    return [checks.csr_mask(mask, *shape[-2:]) for mask in masks]
 
 
 def _spans(start, stop, step, m):
@@ -284,6 +286,6 @@ def _rows(columns, m):
 
 def _csr(indices, indptr, m):
     """A canonical mask of stored Trues, with 4-byte indices wherever they suffice."""
-    index = np.int32 if indptr[-1] < 2**31 else np.int64
+    index = np.int32 if max(indptr[-1], m) < 2**31 else np.int64
     parts = np.ones(len(indices), bool), indices.astype(index), indptr.astype(index)
     return scipy.sparse.csr_array(parts, shape=(len(indptr) - 1, m))

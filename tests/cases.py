@@ -145,10 +145,10 @@ class Case:
 
 
 def cast(value, dtype):
-    """float64 arrays in another dtype, inside tuples too; all else as it is."""
+    """Real arrays in another dtype, inside tuples too; all else as it is."""
     if isinstance(value, tuple):
         return tuple(cast(part, dtype) for part in value)
-    if isinstance(value, np.ndarray) and value.dtype == np.float64:
+    if isinstance(value, np.ndarray) and value.dtype in (np.float64, np.float32):
         return value.astype(dtype)
     return value
 

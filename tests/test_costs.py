@@ -99,5 +99,52 @@ def test_causal_pairs(n, m):
     assert causal_pairs(n, m) == sum(j <= i + m - n for i in range(n) for j in range(m))
 
 
+def test_bytes_and_workspace_by_hand():
+    """n = 5, m = 4, d = 3, e = 2: 15 + 12 + 8 + 10 = 45 numbers in and out, 20 scores."""
+    sizes = 5, 4, 3, 2
+    cost = refattn.softmax_attention_cost
+    plain = cost(*sizes)
+    assert (plain.bytes, plain.workspace) == (4 * 45, 4 * 20)
+    assert cost(*sizes, return_lse=True).bytes == 4 * (45 + 5)
+    assert cost(*sizes, nnz=7).bytes == 4 * 45 + 20  # a boolean mask
+    assert cost(*sizes, nnz=7, mask=False, bias=True).bytes == 4 * (45 + 20)
+    half = cost(*sizes, return_lse=True, itemsize=2)
+    assert (half.bytes, half.workspace) == (2 * 45 + 4 * 5, 4 * 20)  # arithmetic in float32
+    double = cost(*sizes, itemsize=8)
+    assert (double.bytes, double.workspace) == (8 * 45, 8 * 20)
+    local = refattn.local_attention_cost
+    assert local(200, 200, 3, 2, window=(2, 3)).workspace == 4 * 64 * (6 + 63)
+    assert local(200, 200, 3, 2, window=100, dilation=10).workspace == 4 * 64 * 20
+    assert local(5, 5, 3, 2, window=1).workspace == 4 * 5 * 5
+    assert refattn.sparse_attention_cost(5, 4, 3, 2, nnz=7).workspace == 4 * (7 + 7 * 2 * 3)
+    assert refattn.sparse_attention_cost(99, 99, 3, 2, nnz=5000).workspace == 4 * (5000 + 6144)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda: refattn.softmax_attention_cost(-1, 1, 1, 1), ValueError),
+        (lambda: refattn.softmax_attention_cost(1, 2.5, 1, 1), TypeError),
+        (lambda: refattn.softmax_attention_cost(2, 2, 1, 1, nnz=5), ValueError),
+        (lambda: refattn.softmax_attention_cost(2, 2, 1, 1, nnz=1.5), TypeError),
+        (lambda: refattn.softmax_attention_cost(2, 2, 1, 1, bias=np.ones(2)), TypeError),
+        (lambda: refattn.softmax_attention_cost(2, 2, 1, 1, causal=1), TypeError),
+        (lambda: refattn.sparse_attention_cost(2, 2, 1, 1, nnz=-1), ValueError),
+        (lambda: refattn.local_attention_cost(2, 2, 0, 1, window=1), ValueError),
+        (lambda: refattn.linear_attention_cost(2, 2, 1, 1, key_mask=3), ValueError),
+        (lambda: refattn.performer_attention_cost(2, 2, 1, 1, num_features=0), ValueError),
+    ],
+)
+def test_costs_refuse_sizes_that_cannot_be(call, error):
+    with pytest.raises(error):
+        call()
+
+
+def test_counts_from_arrays_do_not_overflow():
+    mask = refattn.masks.local(20_000, 100)
+    cost = refattn.sparse_attention_cost(20_000, 20_000, 512, 512, nnz=mask.indptr[-1])
+    assert isinstance(cost.flops, int) and cost.flops == mask.nnz * (4 * 512 + 6)
+
+
 def test_intensity():
     assert Cost(flops=8, bytes=4, workspace=0).intensity == 2

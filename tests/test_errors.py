@@ -105,6 +105,7 @@ def test_cotangents(name, dy, error, words):
         ({"bias": np.ones((3, 4))}, ValueError, ["bias", r"\(3, 4\)", r"\(4, 4\)"]),
         ({"bias": np.ones((4, 4), bool)}, TypeError, ["bias has dtype bool"]),
         ({"bias": np.ones((4, 4), int)}, TypeError, ["bias has dtype int64"]),
+        ({"scale": 10**400}, ValueError, ["scale is", "finite"]),
         ({"softcap": 0.0}, ValueError, ["softcap is 0.0", "> 0"]),
         ({"softcap": -1}, ValueError, ["softcap is -1"]),
         ({"softcap": "x"}, TypeError, ["softcap is 'x'"]),
@@ -150,9 +151,10 @@ def test_local_options(suffix, options, error, words):
     ("mask", "error", "words"),
     [
         (np.ones((4, 4), bool), TypeError, ["mask is ndarray", "csr_array", "scipy"]),
-        (scipy.sparse.csr_array(np.ones((4, 4))), TypeError, ["csr array of float64"]),
-        (masks.causal(4).tocoo(), TypeError, ["coo array of bool"]),
+        (scipy.sparse.csr_array(np.ones((4, 4))), TypeError, ["csr_array of float64"]),
+        (masks.causal(4).tocoo(), TypeError, ["coo_array of bool"]),
         (masks.causal(5), ValueError, [r"\(5, 5\)", r"\(4, 4\)"]),
+        (scipy.sparse.csr_matrix(np.ones((4, 4), bool)), TypeError, ["csr_matrix of bool"]),
         (None, TypeError, ["mask is NoneType"]),
     ],
 )
@@ -187,6 +189,8 @@ def test_sparse_options(suffix, mask, error, words):
         (lambda: masks.union(), ValueError, ["union", "at least one"]),
         (lambda: masks.intersection(masks.causal(3), masks.causal(4)), ValueError, ["mask has"]),
         (lambda: masks.union(np.ones((2, 2), bool)), TypeError, ["mask is ndarray"]),
+        (lambda: masks.union([masks.causal(2)]), TypeError, ["mask is list"]),
+        (lambda: masks.union(None), TypeError, ["mask is NoneType"]),
     ],
 )
 def test_masks(call, error, words):
@@ -223,6 +227,18 @@ def test_masks(call, error, words):
 def test_compositions(call, error, words):
     with refused(error, *words):
         call()
+
+
+def test_a_finite_bias_that_overflows_is_not_taken_for_a_mask():
+    low = np.ones((4, 3), np.float16)
+    with refused(ValueError, "bias has finite entries beyond float16", "-inf hides"):
+        refattn.softmax_attention(low, low, low, bias=np.full((4, 4), -1e9))
+
+
+@pytest.mark.parametrize("backend", [["numpy"], None, 3])
+def test_a_backend_that_is_no_name(backend):
+    with refused(ValueError, "backend is"):
+        refattn.softmax_attention(x, x, y, backend=backend)
 
 
 @pytest.mark.parametrize("name", MECHANISMS)

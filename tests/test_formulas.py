@@ -154,3 +154,47 @@ def test_attention_matrix_gives_the_weights():
     np.testing.assert_allclose(a.sum(axis=-1), 1, rtol=1e-14)
     y = refattn.local_attention(q, k, v, window=1)
     assert abs(a @ v - y).max() <= 2 * tolerance(q, k, v, {}, EPS)
+
+
+def test_the_log_sum_exp_has_every_leading_axis():
+    """v may have leading axes that q and k lack; y has them, and so has lse."""
+    q, k, v = np.ones((4, 3)), np.ones((6, 3)), np.ones((2, 6, 5))
+    y, lse = refattn.softmax_attention(q, k, v, return_lse=True)
+    assert y.shape == (2, 4, 5) and lse.shape == (2, 4) and lse.flags.writeable
+
+
+def test_the_bias_is_rounded_to_the_dtype_of_q():
+    q, k, v = np.random.default_rng(7).standard_normal((3, 5, 4)).astype(np.float16)
+    bias = np.random.default_rng(8).standard_normal((5, 5))
+    y = refattn.softmax_attention(q, k, v, bias=bias)
+    z = refattn.softmax_attention(q, k, v, bias=bias.astype(np.float16))
+    np.testing.assert_array_equal(y, z)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_attention_matrix_keeps_the_dtype(dtype):
+    q, k = np.ones((2, 3), dtype), np.ones((4, 3), dtype)
+    a = refattn.attention_matrix(refattn.softmax_attention, q, k)
+    assert a.dtype == dtype and a.shape == (2, 4) and (a == 0.25).all()
+
+
+def test_windows_of_any_size_are_clamped():
+    """left + i must not overflow the integers that positions are held in."""
+    rng = np.random.default_rng(9)
+    q, k, v = rng.standard_normal((3, 9, 4))
+    full = refattn.softmax_attention(q, k, v)
+    for huge in (10**18, 2**63 - 1, 2**63, 10**30):
+        y = refattn.local_attention(q, k, v, window=huge)
+        np.testing.assert_allclose(y, full, rtol=1e-13)
+        assert refattn.masks.local(9, huge).nnz == 81
+        y = refattn.local_attention(q, k, v, window=1, dilation=huge)
+        np.testing.assert_allclose(y, v, rtol=1e-13)
+        assert refattn.local_attention_cost(9, 9, 4, 4, window=1, dilation=huge).flops == 9 * 22
+        for mask in (
+            refattn.masks.strided(9, huge),
+            refattn.masks.fixed(9, huge, summary=huge),
+            refattn.masks.block_diagonal(9, huge),
+            refattn.masks.block_causal(9, huge),
+            refattn.masks.hierarchical(9, huge),
+        ):
+            assert mask.nnz == 81

@@ -119,11 +119,11 @@ def test_files_are_short_enough_to_read_in_one_go(path):
 def test_the_examples_of_the_readme_run(capsys):
     text = (ROOT.parent / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names = {"my_kernel": lambda q, k, v: refattn.local_attention(q, k, v, window=16)}
+    names = {}
     for block in blocks:
         exec(block, names)
     printed = capsys.readouterr().out
-    assert len(blocks) == 2 and "local_attention: right" in printed
+    assert len(blocks) == 2 and "my_kernel: right" in printed
 
 
 def test_the_links_of_the_documents_lead_somewhere():

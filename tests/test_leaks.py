@@ -32,6 +32,25 @@ def test_a_poisoned_key_reaches_only_the_queries_that_see_it(case, poison):
             assert not np.isfinite(y[sees[: len(y), j]]).any()
 
 
+@pytest.mark.parametrize("case", cases(SHAPES), ids=str)
+def test_a_poisoned_query_reaches_only_the_gradients_of_keys_that_it_sees(case):
+    q, k, v, options = case.build()
+    sees = case.sees(options)
+    y = case.mechanism.attention(q, k, v, **options)
+    if len(y) != len(q):
+        return  # fused blocks: an output row has no query of its own
+    dy = np.random.default_rng(3).standard_normal(y.shape)
+    clean = case.mechanism.vjp(dy, q, k, v, **options)
+    for i in range(len(q)):
+        bad = q.copy()
+        bad[i] = np.nan
+        grads = case.mechanism.vjp(dy, bad, k, v, **options)
+        others = np.arange(len(q)) != i
+        np.testing.assert_allclose(grads[0][others], clean[0][others], rtol=1e-12, atol=1e-14)
+        for g, c in zip(grads[1:3], clean[1:3], strict=True):
+            np.testing.assert_allclose(g[~sees[i]], c[~sees[i]], rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("case", POSITIVE, ids=str)
 def test_a_poisoned_value_is_not_hidden(case):
     """With the key intact, an infinite value gives an infinite output where it has weight."""
@@ -73,11 +92,47 @@ def test_an_empty_row_has_output_zero_lse_minus_infinity_gradient_zero():
     assert not dq[1].any()
 
 
+def test_huge_numbers_that_nobody_sees_raise_no_warning():
+    """Their scores overflow before they are hidden; the suite turns warnings into errors."""
+    q, k, v = np.full((3, 4, 2), 1e200)
+    mask = np.ones((4, 4), bool)
+    mask[:, 2] = False
+    q[:], k[[0, 1, 3]], v[[0, 1, 3]] = 1.0, 1.0, 1.0
+    for hidden in (1e308, np.inf, np.nan):
+        k[2], v[2] = hidden, hidden
+        assert (refattn.softmax_attention(q, k, v, mask=mask) == 1).all()
+        grads = refattn.softmax_attention_vjp(q, q, k, v, mask=mask)
+        assert all(np.isfinite(g).all() for g in grads)
+
+
+def test_scores_that_overflow_to_minus_infinity_hide_a_key():
+    """Dense and sparse forms agree that such a row has nothing to attend."""
+    q, k, v = np.full((1, 1), 1e20, np.float32), np.full((2, 1), -1e20, np.float32), np.ones((2, 1))
+    v = v.astype(np.float32)
+    full = refattn.masks.local(1, 5, m=2)
+    assert refattn.softmax_attention(q, k, v) == 0
+    assert refattn.local_attention(q, k, v, window=5) == 0
+    assert refattn.sparse_attention(q, k, v, mask=full) == 0
+
+
+def test_a_visible_bias_of_nan_is_seen():
+    x = np.ones((3, 2))
+    bias = np.zeros((3, 3))
+    bias[1, 2] = np.nan
+    y = refattn.softmax_attention(x, x, x, bias=bias)
+    assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
+
+
 def test_merging_ignores_parts_that_saw_nothing():
     y, lse = refattn.merge_attention([[[1.0]], [[np.nan]]], [[0.5], [-np.inf]])
     assert y == 1 and lse == 0.5
     y, lse = refattn.merge_attention([[[np.nan]], [[np.nan]]], [[-np.inf], [-np.inf]])
     assert y == 0 and lse == -np.inf
+    y, lse = refattn.merge_attention([[[1.0]], [[np.inf]]], [[0.5], [-np.inf]])
+    assert y == 1 and lse == 0.5
+    # a part that did see something is not dropped, however small its weight
+    y, lse = refattn.merge_attention([[[1.0]], [[np.nan]]], [[0.0], [-1e4]])
+    assert np.isnan(y)
 
 
 @pytest.mark.parametrize("amount", [1.0, 1e5, np.nan])

@@ -40,7 +40,7 @@ def test_unbiased(kind, orthogonal):
 
 @pytest.mark.parametrize("kind", FEATURES)
 def test_variance_is_that_of_lemma_2(kind):
-    """Of independent directions; the sample variance's own standard error from its fourth moment."""
+    """Of independent directions, within 4 standard errors of the sample variance."""
     values = estimates(kind, orthogonal=False)
     centred = (values - values.mean()) ** 2
     error = centred.std(ddof=1) / math.sqrt(DRAWS)

@@ -127,6 +127,8 @@ def test_merging_keeps_the_dtype_of_the_outputs():
     y, lse = refattn.merge_attention(ys, lses)
     assert y.dtype == np.float16 and lse.dtype == np.float32
     np.testing.assert_allclose(lse, np.log(2), rtol=1e-6)
+    _, lse = refattn.merge_attention(ys, np.array([[1e-9] * 3, [0.0] * 3]))
+    assert lse.dtype == np.float64 and (lse != np.log(2)).all()  # computed in the wider of the two
 
 
 @pytest.mark.parametrize("case", cases([(7, 7, 4, 5)]), ids=str)

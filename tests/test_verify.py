@@ -29,6 +29,20 @@ def unstable(q, k, v):
         return (a / a.sum(axis=1, keepdims=True)) @ v
 
 
+def near_miss(q, k, v):
+    """Ten times what rounding explains in float32."""
+    logits = 1 + abs(q @ k.T).max() / q.shape[1] ** 0.5
+    return 10 * (4 * np.finfo(np.float32).eps * logits * abs(v).max())
+
+
+def first_maximum_for_ever(q, k, v):
+    """Online softmax that never moves its maximum: right until a later key is much larger."""
+    with np.errstate(all="ignore"):
+        s = q @ k.T / q.shape[1] ** 0.5
+        a = np.exp(s - s[:, :16].max(axis=1, keepdims=True))
+        return (a @ v) / a.sum(axis=1, keepdims=True)
+
+
 def writes_to_its_input(q, k, v):
     y = softmax(q, k, v)
     q[:] = 0
@@ -56,6 +70,9 @@ def test_right_kernels_pass(dtype):
         (lambda q, k, v: softmax(q, k, v) * 1.0001, "first at"),
         (lambda q, k, v: 1 / 0, "raised ZeroDivisionError"),
         (lambda q, k, v: "done", "gave str"),
+        (lambda q, k, v: softmax(q, k, v) + 1j, "expected real numbers"),
+        (lambda q, k, v: softmax(q, k, v) + near_miss(q, k, v), "first at"),
+        (first_maximum_for_ever, "are NaN"),
         (lambda q, k, v: softmax(q, k, v[:, :1]), "has shape"),
     ],
 )
@@ -79,9 +96,14 @@ def test_options_choose_the_truth():
 
 def test_a_hole_gives_a_hint_and_never_raises():
     for empty in (None, ...):
-        report = check(lambda q, k, v, e=empty: e, "softmax_attention", hint="Start from q @ k.T.")
+        report = check(
+            lambda q, k, v, e=empty: e,
+            "softmax_attention",
+            title="my_hole",
+            hint="Start from q @ k.T.",
+        )
         assert not report.passed and not report.filled
-        assert str(report) == "softmax_attention: nothing here yet. Start from q @ k.T."
+        assert str(report) == "my_hole: nothing here yet. Start from q @ k.T."
 
 
 def test_faults_that_are_not_the_kernels():
@@ -89,11 +111,60 @@ def test_faults_that_are_not_the_kernels():
         check(softmax, "soft_attention")
     with pytest.raises(ValueError, match="cases is 'few'"):
         check(softmax, "softmax_attention", cases="few")
+    with pytest.raises(ValueError, match="return_lse"):
+        check(softmax, "softmax_attention", return_lse=True)
     with pytest.raises(ValueError, match="no case fits"):
         check(softmax, "softmax_attention", cases="square", mask=np.ones((3, 4), bool))
 
 
+def test_bias_and_scale_are_the_kernels_too():
+    bias = np.random.default_rng(0).standard_normal((13, 13))
+    for dtype in ("float32", "float16"):
+        low = bias.astype(dtype)
+
+        def right(q, k, v, low=low):
+            return refattn.softmax_attention(q, k, v, bias=low, scale=0.5)
+
+        def unscaled(q, k, v, low=low):
+            return refattn.softmax_attention(q, k, v, bias=low)
+
+        options = {"bias": bias, "scale": 0.5, "dtype": dtype}
+        assert check(right, "softmax_attention", **options).passed
+        report = check(unscaled, "softmax_attention", **options)
+        assert not report.passed and "13 queries, 13 keys" in str(report)
+
+
+@pytest.mark.parametrize("shape", [(), (13,), (1, 13), (13, 1), (13, 13)])
+def test_masks_and_biases_of_any_shape(shape):
+    mask = np.arange(np.prod(shape, dtype=int)).reshape(shape) % 3 != 1
+    for options in (
+        {"mask": mask},
+        {"bias": np.where(mask, 0.0, -1.0)},
+        {"mask": mask, "bias": np.zeros(shape)},
+    ):
+        right = lambda q, k, v, o=options: refattn.softmax_attention(q, k, v, **o)
+        report = check(right, "softmax_attention", **options)
+        assert report.passed, report
+
+
+def test_every_mechanism_can_be_checked():
+    omega = refattn.random_features(8, 5, rng=0)
+    for name, options in {
+        "linear_attention": {"causal": True},
+        "performer_attention": {"omega": omega},
+        "local_attention": {"window": 3},
+    }.items():
+        kernel = lambda q, k, v, n=name, o=options: getattr(refattn, n)(q, k, v, **o)
+        assert check(kernel, name, **options).passed
+        assert not check(lambda q, k, v: v[:1] + 0 * q[:, :1], name, **options).passed
+
+
 def test_answers():
+    assert check_answer([-np.inf, np.inf, 1.0], [-np.inf, np.inf, 1.0]).passed
+    assert not check_answer("3", 3).passed
+    assert check_answer(lambda: 3, 3).passed
+    assert "raised ZeroDivisionError" in str(check_answer(lambda: 1 / 0, 3))
+    assert not check_answer(lambda: None, 3).filled
     assert check_answer(3, 3).passed
     assert check_answer(np.eye(2), np.eye(2) + 1e-9, tolerance=1e-8).passed
     assert "gave 4, expected 3" in str(check_answer(4, 3, title="pairs"))

@@ -6,12 +6,13 @@ tiny. It runs on the definitions, so it shares nothing with the gradients it jud
 
 import inspect
 
+import mpmath
 import numpy as np
 import pytest
 
 import refattn
-from cases import LONG, MECHANISMS, Case, Shape, cases, flat
-from numbers_of import rows, run
+from cases import LONG, MECHANISMS, Case, Shape, cases, flat, options_in
+from numbers_of import rows
 
 SMALL = [(1, 1, 1, 1), (4, 4, 3, 2), (3, 5, 2, 1), (5, 3, 1, 2)]
 STEP = 1e-30
@@ -47,14 +48,14 @@ def assemble(pieces):
     return whole
 
 
-def nudged(array, at):
+def nudged(array, at, kind):
     """The array as nested lists of complex numbers, one of them moved by i * STEP."""
     shifted = array.astype(complex)
     shifted[at] += 1j * STEP
-    return rows(shifted, complex)
+    return rows(shifted, kind)
 
 
-def definition_gradients(case, dy, dlse=None):
+def definition_gradients(case, dy, dlse=None, kind=complex):
     """d/dx of sum(dy * y) (+ sum(dlse * lse)) for q, k, v and each array among the options."""
     pieces, options = pieces_of(case)
     if dlse is not None:
@@ -66,12 +67,12 @@ def definition_gradients(case, dy, dlse=None):
         total = sum(g * x for dy_i, y_i in zip(dy, y) for g, x in zip(dy_i, y_i))
         return total + sum(g * x for g, x in zip(dlse, lse) if x.real != -np.inf) if lse else total
 
-    plain = {name: rows(piece, complex) for name, piece in pieces.items()}
+    plain = {name: rows(piece, kind) for name, piece in pieces.items()}
     gradients = []
     for name, piece in pieces.items():
         grad = np.zeros(piece.shape)
         for at in np.ndindex(piece.shape):
-            grad[at] = np.imag(loss({**plain, name: nudged(piece, at)})) / STEP
+            grad[at] = loss({**plain, name: nudged(piece, at, kind)}).imag / STEP
         gradients.append(grad)
     return gradients
 
@@ -161,6 +162,32 @@ def test_forward_options_serve_the_gradient():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("case", cases([(4, 4, 3, 2)], scale=1e3), ids=str)
+def test_extreme_logits_against_complex_step(case):
+    q, k, v, options = case.build()
+    dy = np.ones_like(case.mechanism.attention(q, k, v, **options))
+    grads = flat(case.mechanism.vjp(dy, q, k, v, **options))
+    with mpmath.workdps(50):  # where exp would overflow a float
+        truth = definition_gradients(case, dy, kind=mpmath.mpc)
+    for g, t in zip(grads, truth, strict=True):
+        assert np.isfinite(g).all()
+        assert abs(g - t).max(initial=0) <= case.gradient_tolerance(q, k, v, dy, options)
+
+
+@pytest.mark.parametrize("case", cases([(7, 7, 4, 5)]), ids=str)
+def test_float32_gradients_are_those_of_float64(case):
+    q, k, v, options = case.build()
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    options = options_in(options, np.float32)
+    dy = np.ones_like(case.mechanism.attention(q, k, v, **options))
+    wide = [x.astype(float) for x in (dy, q, k, v)]
+    truth = flat(case.mechanism.vjp(*wide, **options_in(options, np.float64)))
+    eps = float(np.finfo(np.float32).eps)
+    bound = case.mechanism.gradient_tolerance(*wide[1:], wide[0], options, eps)
+    for g, t in zip(flat(case.mechanism.vjp(dy, q, k, v, **options)), truth, strict=True):
+        assert g.dtype == np.float32 and abs(g - t).max(initial=0) <= bound
+
+
 def test_complex_step_finds_a_wrong_gradient():
     """The judge is not blind: a gradient off by one part in a million is refused."""
     case = Case(MECHANISMS["softmax_attention"], "plain", Shape(4, 4, 3, 2))
@@ -168,4 +195,3 @@ def test_complex_step_finds_a_wrong_gradient():
     dy = np.ones((4, 2))
     truth = definition_gradients(case, dy)[2]
     assert abs(truth).max() * 1e-6 > case.gradient_tolerance(q, k, v, dy, options)
-    assert run(case.mechanism.definition, q, k, v, options, complex)

@@ -8,7 +8,7 @@ import numpy as np
 
 from refattn import checks
 from refattn.arrays import masked_matmul
-from refattn.cost import Cost
+from refattn.cost import Cost, working_size
 from refattn.dispatch import backends, rows_of
 from refattn.linear import core
 from refattn.linear.feature_maps import feature_map_of
@@ -205,7 +205,7 @@ def linear_attention_chunked_cost(
     pairs = sum(size * (size + 1) // 2 for size in _sizes(n, chunk))
     flops = pairs * (2 * r + 2 * e + (1 if normalize else 0))  # a, a @ v, row sums of a
     flops += n * (e + (1 if normalize else 0))  # what is inside the chunk plus what is before it
-    workspace = rest.workspace + itemsize * min(chunk, n) ** 2
+    workspace = rest.workspace + working_size(itemsize) * min(chunk, n) ** 2
     return Cost(rest.flops + flops, rest.bytes, workspace)
 
 

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from refattn import checks
-from refattn.cost import Cost, qkvy_bytes
+from refattn.cost import Cost, qkvy_bytes, working_size
 from refattn.dispatch import backends, rows_of
 from refattn.linear import core
 from refattn.linear.feature_maps import feature_map_of
@@ -224,16 +224,18 @@ def linear_attention_cost(
     >>> linear_attention_cost(2, 3, 1, 1).flops == 2 * 2 + 3 * 2 + 3 * 3 + 2 * (4 + 1)
     True
     """
+    n, m, d, e = checks.sizes(n, m, d, e)
     feature_map = feature_map_of(feature_map)
     r = features_of(feature_map, r, d)
-    keys = m if key_mask is None else key_mask
+    keys = m if key_mask is None else checks.whole("key_mask", key_mask, least=0, most=m)
+    working = working_size(itemsize)
     on_query, on_key = feature_map.flops(d) if feature_map.flops else (0, 0)
     flops = n * on_query + keys * on_key
     flops += keys * (2 * r * e + r)  # S, z
     flops += n * (2 * r * e + (2 * r + e if normalize else 0))  # num, den, division
     moved = qkvy_bytes(n, m, d, e, itemsize) + (0 if key_mask is None else m)
-    moved += itemsize * (r * e + r) * ((1 if initial_state else 0) + (1 if return_state else 0))
-    return Cost(flops, moved, itemsize * ((n + m) * r + r * e + r))
+    moved += working * (r * e + r) * ((1 if initial_state else 0) + (1 if return_state else 0))
+    return Cost(flops, moved, working * ((n + m) * r + r * e + r))
 
 
 @backends

@@ -59,9 +59,9 @@ def of_every_head(state, lead):
 
 def cotangents(dy, dstate, inputs):
     """dy and dstate, checked; a dstate of zeros where none came."""
-    q, k, v, *_, state = inputs
+    q, k, v, dtype, *_, state = inputs
     lead = checks.lead(q, k, v)
-    dy = checks.cotangent("dy", dy, (*lead, q.shape[-2], v.shape[-1]), q.dtype)
+    dy = checks.cotangent("dy", dy, (*lead, q.shape[-2], v.shape[-1]), dtype)
     if dstate is None:
         return dy, tuple(np.zeros_like(part) for part in state)
     names = ("dstate[0]", "dstate[1]")

@@ -70,9 +70,27 @@ def positive_features(x, omega):
 
     .. math:: \phi(x)_r = \tfrac{1}{\sqrt M} \exp(\omega_r \cdot x - |x|^2 / 2)
 
-    x (..., d) to (..., M); not stabilised, so large x overflows or underflows. Choromanski et al.
-    2020, arXiv:2009.14794, equation 7.
+    Parameters
+    ----------
+    x : array (..., d)
+    omega : array (M, d)
 
+    Returns
+    -------
+    array (..., M)
+        In x's dtype; not stabilised, so large x overflows or underflows.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not real floating point; an omega that is not (M, d) with M >= 1.
+
+    References
+    ----------
+    Choromanski et al. 2020, arXiv:2009.14794, lemma 1.
+
+    Examples
+    --------
     >>> positive_features(np.zeros((1, 2)), np.ones((4, 2)))
     array([[0.5, 0.5, 0.5, 0.5]])
     """
@@ -85,8 +103,27 @@ def hyperbolic_features(x, omega):
     .. math:: \phi(x) = \tfrac{1}{\sqrt{2 M}}
               (\exp(\omega x - |x|^2 / 2),\ \exp(-\omega x - |x|^2 / 2))
 
-    x (..., d) to (..., 2M). Choromanski et al. 2020, arXiv:2009.14794, lemma 1.
+    Parameters
+    ----------
+    x : array (..., d)
+    omega : array (M, d)
 
+    Returns
+    -------
+    array (..., 2 M)
+        In x's dtype; not stabilised.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``positive_features``.
+
+    References
+    ----------
+    Choromanski et al. 2020, arXiv:2009.14794, lemma 1.
+
+    Examples
+    --------
     >>> hyperbolic_features(np.zeros((1, 2)), np.ones((2, 2)))
     array([[0.5, 0.5, 0.5, 0.5]])
     """
@@ -98,9 +135,28 @@ def trig_features(x, omega):
 
     .. math:: \phi(x) = \tfrac{1}{\sqrt M} \exp(|x|^2 / 2)\, (\cos \omega x,\ \sin \omega x)
 
-    x (..., d) to (..., 2M). Rahimi & Recht 2007; Choromanski et al. 2020, arXiv:2009.14794,
-    equation 5.
+    Parameters
+    ----------
+    x : array (..., d)
+    omega : array (M, d)
 
+    Returns
+    -------
+    array (..., 2 M)
+        In x's dtype; not stabilised.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``positive_features``.
+
+    References
+    ----------
+    Rahimi & Recht 2007, "Random features for large-scale kernel machines"; Choromanski et al.
+    2020, arXiv:2009.14794, section 2.2.
+
+    Examples
+    --------
     >>> trig_features(np.zeros((1, 2)), np.ones((1, 2)))
     array([[1., 0.]])
     """

@@ -4,7 +4,7 @@ import numpy as np
 
 from refattn import checks
 from refattn.arrays import sum_to_shape
-from refattn.cost import Cost, qkvy_bytes
+from refattn.cost import Cost, qkvy_bytes, working_size
 from refattn.dispatch import backends, rows_of
 from refattn.linear import core
 from refattn.performer.features import PARTS, PARTS_VJP, directions
@@ -171,9 +171,10 @@ def performer_attention_cost(
     >>> two.flops == 2 * one.flops
     True
     """
+    n, m, d, e = checks.sizes(n, m, d, e)
     checks.choice("kind", kind, PARTS)
     M = checks.whole("num_features", num_features, least=1)
-    keys = m if key_mask is None else key_mask
+    keys = m if key_mask is None else checks.whole("key_mask", key_mask, least=0, most=m)
     r = M if kind == "positive" else 2 * M
     # sqrt(scale) x, omega . x, |x|^2 / 2, and what the kind makes of them
     row = d + 2 * d * M + 2 * d + 1
@@ -190,7 +191,7 @@ def performer_attention_cost(
     flops += keys * (shifts * 2 + r * (e + 1)) if causal else 0  # decay of the state
     moved = qkvy_bytes(n, m, d, e, itemsize) + itemsize * M * d
     moved += 0 if key_mask is None else m
-    return Cost(flops, moved, itemsize * ((n + m) * r + r * e + r))
+    return Cost(flops, moved, working_size(itemsize) * ((n + m) * r + r * e + r))
 
 
 @rows_of(performer_attention)
@@ -284,7 +285,7 @@ def _attend(inputs, causal):
 def _backward(dy, inputs, causal, shapes):
     x, y, v, omega, seen = (inputs[name] for name in ("x", "y", "v", "omega", "seen"))
     shape = (*inputs["lead"], x.shape[-2], v.shape[-1])
-    dy = checks.cotangent("dy", dy, shape, x.dtype)
+    dy = checks.cotangent("dy", dy, shape, inputs["dtype"])
     state = _no_state(inputs)
     features = inputs["phi_q"], inputs["phi_k"], v, state, True, state
     if causal:

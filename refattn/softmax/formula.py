@@ -4,12 +4,12 @@ import numpy as np
 
 from refattn import checks
 from refattn.arrays import masked_matmul, sum_to_shape
-from refattn.cost import Cost, causal_pairs, qkvy_bytes, softmax_flops
+from refattn.cost import Cost, causal_pairs, qkvy_bytes, softmax_flops, working_size
 from refattn.dispatch import backends
 
 
 @backends
-@np.errstate(invalid="ignore")  # inf - inf in the score of a hidden pair is no news
+@np.errstate(invalid="ignore", over="ignore")  # in the score of a hidden pair: no news
 def softmax_attention(
     q,
     k,
@@ -101,7 +101,7 @@ def softmax_attention(
 
 
 @backends
-@np.errstate(invalid="ignore")
+@np.errstate(invalid="ignore", over="ignore")
 def softmax_attention_vjp(
     dy,
     q,
@@ -163,14 +163,15 @@ def softmax_attention_vjp(
     checks.flag("return_lse", return_lse)
     q, k, v, dtype = checks.qkv(q, k, v)
     rows = (*checks.lead(q, k, v), q.shape[-2])
-    dy = checks.cotangent("dy", dy, (*rows, v.shape[-1]), q.dtype)
+    dy = checks.cotangent("dy", dy, (*rows, v.shape[-1]), dtype)
     bias_shape = np.shape(bias)
     bias, allowed = _visible(q, k, v, dtype, mask, bias, causal)
     s, slope = _scores(q, k, bias, allowed, scale, softcap)
-    p, _ = _softmax(s)
 
     def seen(x):
         return x if allowed is None else np.where(allowed, x, 0)
+
+    p = seen(_softmax(s)[0])  # a row that saw a NaN is NaN all over
 
     # y = P @ v
     dp = dy @ v.mT  # (..., n, m)
@@ -233,15 +234,22 @@ def softmax_attention_cost(
     >>> softmax_attention_cost(1, 1, 1, 1)
     Cost(flops=10, bytes=16, workspace=4)
     """
-    pairs = nnz if nnz is not None else causal_pairs(n, m) if causal else n * m
+    n, m, d, e = checks.sizes(n, m, d, e)
+    read_mask = nnz is not None if mask is None else checks.flag("mask", mask)
+    if nnz is not None:
+        pairs = checks.whole("nnz", nnz, least=0, most=n * m)
+    else:
+        pairs = causal_pairs(n, m) if checks.flag("causal", causal) else n * m
+    checks.flag("bias", bias)
+    working = working_size(itemsize)
     flops = softmax_flops(pairs, d, e)
     flops += pairs * (1 if bias else 0)
     flops += pairs * (3 if softcap else 0)  # divide, tanh, multiply
     flops += n * (2 if return_lse else 0)  # log, add
     moved = qkvy_bytes(n, m, d, e, itemsize)
-    moved += n * m * (1 if (nnz is not None if mask is None else mask) else 0)
-    moved += itemsize * (n * m * (1 if bias else 0) + n * (1 if return_lse else 0))
-    return Cost(flops, moved, itemsize * n * m)
+    moved += n * m * (1 if read_mask else 0)
+    moved += itemsize * (n * m if bias else 0) + working * (n if return_lse else 0)
+    return Cost(flops, moved, working * n * m)
 
 
 def merge_attention(ys, lses):
@@ -270,8 +278,8 @@ def merge_attention(ys, lses):
 
     Notes
     -----
-    Cost: (2 e + 4) FLOPs a row and part. A part with lse = -inf saw nothing and counts for
-    nothing, whatever its y holds; where all are such, y = 0 and lse = -inf.
+    Cost: (2 e + 5) FLOPs a row and part, and 2 a row. A part with lse = -inf saw nothing and
+    counts for nothing, whatever its y holds; where all are such, y = 0 and lse = -inf.
 
     References
     ----------
@@ -296,7 +304,7 @@ def merge_attention(ys, lses):
     ys, lses = ys.astype(compute), lses.astype(compute)
     weights, lse = _softmax(np.moveaxis(lses, 0, -1))  # (..., n, parts), (..., n)
     weights = np.moveaxis(weights, -1, 0)[..., None]  # (parts, ..., n, 1)
-    y = np.where(lses[..., None] == -np.inf, 0, weights * ys).sum(axis=0)
+    y = (weights * np.where(lses[..., None] == -np.inf, 0, ys)).sum(axis=0)
     return y.astype(dtype, copy=False), lse
 
 

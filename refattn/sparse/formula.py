@@ -8,7 +8,7 @@ import numpy as np
 
 from refattn import checks
 from refattn.arrays import sum_to_shape
-from refattn.cost import Cost, qkvy_bytes, softmax_flops
+from refattn.cost import Cost, qkvy_bytes, softmax_flops, working_size
 from refattn.dispatch import backends
 from refattn.softmax.formula import softmax_attention, softmax_attention_vjp
 from refattn.sparse.pairs import PAIRS, csr_matmul, pair_dots, pair_weights, per_pair, row_reduce
@@ -58,8 +58,8 @@ def local_attention(q, k, v, *, window, causal=False, dilation=1, scale=None):
     -----
     Cost: about 2 n k (d + e) FLOPs for the pairs of the window. Queries are taken 64 at a time
     against the k + 63 keys that they can reach together, so the workspace is 64 (k + 63) numbers,
-    whatever n, and time is O(n k). A dilated window meets only keys of one residue modulo the
-    dilation, so each residue is an undilated problem of its own.
+    whatever n, and time is O(n (k + 63)). A dilated window meets only keys of one residue
+    modulo the dilation, so each residue is an undilated problem of its own.
 
     Error: as ``softmax_attention``, with k in the place of m.
 
@@ -118,7 +118,7 @@ def local_attention_vjp(dy, q, k, v, *, window, causal=False, dilation=1, scale=
     q, k, v, dtype = checks.qkv(q, k, v)
     scale = checks.scale(scale, q.shape[-1])
     shape = (*checks.lead(q, k, v), q.shape[-2], v.shape[-1])
-    dy = checks.cotangent("dy", dy, shape, q.dtype)
+    dy = checks.cotangent("dy", dy, shape, dtype)
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for rows, keys, mask in _bands(q.shape[-2], k.shape[-2], window, causal, dilation):
         band = dy[..., rows, :], q[..., rows, :], k[..., keys, :], v[..., keys, :]
@@ -153,14 +153,16 @@ def local_attention_cost(n, m, d, e, *, window, causal=False, dilation=1, scale=
     >>> local_attention_cost(4, 4, 1, 1, window=(1, 0)).flops == 7 * (2 + 1 + 5 + 2)
     True
     """
-    first, count = window_keys(n, m, window, causal, dilation)
-    left, right = checks.window(window, causal)
+    n, m, d, e = checks.sizes(n, m, d, e)
+    _, count = window_keys(n, m, window, causal, dilation)
+    left, right, dilation = _reach(n, m, window, causal, dilation)
     reach = min(BLOCK, n) * min(left + right + min(BLOCK, n), -(-m // dilation))
     flops = softmax_flops(int(count.sum()), d, e)
-    return Cost(flops, qkvy_bytes(n, m, d, e, itemsize), itemsize * reach)
+    return Cost(flops, qkvy_bytes(n, m, d, e, itemsize), working_size(itemsize) * reach)
 
 
 @backends
+@np.errstate(invalid="ignore", over="ignore")
 def sparse_attention(q, k, v, *, mask, scale=None):
     r"""Attention over the stored pairs of a sparse mask.
 
@@ -211,13 +213,13 @@ def sparse_attention(q, k, v, *, mask, scale=None):
     array([[1. , 1. , 6.5, 6.5]])
     """
     q, k, v, dtype = checks.qkv(q, k, v)
-    checks.lead(q, k, v)
     mask = checks.csr_mask(mask, q.shape[-2], k.shape[-2])
     p = pair_weights(q, k, mask, checks.scale(scale, q.shape[-1]))
     return csr_matmul(p, mask, v).astype(dtype, copy=False)
 
 
 @backends
+@np.errstate(invalid="ignore", over="ignore")
 def sparse_attention_vjp(dy, q, k, v, *, mask, scale=None):
     """Gradient of ``sparse_attention``: from dy (..., n, e) to (dq, dk, dv).
 
@@ -248,7 +250,7 @@ def sparse_attention_vjp(dy, q, k, v, *, mask, scale=None):
     """
     q, k, v, dtype = checks.qkv(q, k, v)
     shape = (*checks.lead(q, k, v), q.shape[-2], v.shape[-1])
-    dy = checks.cotangent("dy", dy, shape, q.dtype)
+    dy = checks.cotangent("dy", dy, shape, dtype)
     mask = checks.csr_mask(mask, q.shape[-2], k.shape[-2])
     scale = checks.scale(scale, q.shape[-1])
     p = pair_weights(q, k, mask, scale)  # (..., nnz)
@@ -285,20 +287,27 @@ def sparse_attention_cost(n, m, d, e, *, nnz, scale=None, itemsize=4):
     >>> sparse_attention_cost(4, 4, 1, 1, nnz=8).flops
     80
     """
+    n, m, d, e = checks.sizes(n, m, d, e)
+    nnz = checks.whole("nnz", nnz, least=0, most=n * m)
     stored = nnz * (1 + 4) + 4 * (n + 1)
     moved = qkvy_bytes(n, m, d, e, itemsize) + stored
-    workspace = itemsize * (nnz + min(PAIRS, nnz) * 2 * max(d, 1))
+    workspace = working_size(itemsize) * (nnz + min(PAIRS, nnz) * 2 * d)
     return Cost(softmax_flops(nnz, d, e), moved, workspace)
 
 
 def window_keys(n, m, window, causal=False, dilation=1):
     """First key and number of keys that each query's window holds: two arrays (n,)."""
-    left, right = checks.window(window, causal)
-    dilation = checks.whole("dilation", dilation, least=1)
+    left, right, dilation = _reach(n, m, window, causal, dilation)
     i = np.arange(n) + (m - n)
     low = np.maximum(-left, -(i // dilation))  # smallest t with i + t * dilation >= 0
     high = np.minimum(right, (m - 1 - i) // dilation)
     return i + low * dilation, np.maximum(0, high - low + 1)
+
+
+def _reach(n, m, window, causal, dilation):
+    """left, right and dilation, no larger than matters for n queries and m keys."""
+    left, right = (min(side, n + m) for side in checks.window(window, causal))
+    return left, right, min(checks.whole("dilation", dilation, least=1), n + m + 1)
 
 
 def _bands(n, m, window, causal, dilation):
@@ -307,8 +316,7 @@ def _bands(n, m, window, causal, dilation):
     Query i stands at position i + (m - n), and meets only keys of the same residue modulo the
     dilation; inside a residue, positions are renumbered 0, 1, 2, ... and the window is undilated.
     """
-    left, right = checks.window(window, causal)
-    dilation = checks.whole("dilation", dilation, least=1)
+    left, right, dilation = _reach(n, m, window, causal, dilation)
     for residue in range(min(dilation, m)):
         last = (m - 1 - residue) // dilation
         for start in range((residue - (m - n)) % dilation, n, BLOCK * dilation):

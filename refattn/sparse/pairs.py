@@ -22,8 +22,10 @@ def pair_dots(a, b, mask):
 def pair_weights(q, k, mask, scale):
     """Softmax over each row's stored pairs, (..., nnz)."""
     s = scale * pair_dots(q, k, mask)
-    p = np.exp(s - per_pair(row_reduce(np.maximum, s, mask), mask))
-    return p / per_pair(row_reduce(np.add, p, mask), mask)
+    top = row_reduce(np.maximum, s, mask)
+    p = np.exp(s - per_pair(np.where(top == -np.inf, 0, top), mask))
+    l = row_reduce(np.add, p, mask)
+    return p / per_pair(np.where(l == 0, 1, l), mask)
 
 
 def row_reduce(operation, x, mask):

@@ -13,19 +13,20 @@ CASES = {
     "two tiles": (130, 130, 16, 16),
     "more keys": (7, 12, 4, 4),
     "fewer keys": (12, 7, 4, 4),
+    "large scores": (130, 130, 16, 16),
 }
-LARGE = "large logits"  # the odd sizes again, with q times this much
-LARGE_FACTOR = 300.0
+LARGE_FACTOR = 300.0  # on q in the last case, less where the dtype could not tell right from wrong
 
 
-def check(kernel, mechanism, *, dtype="float32", cases="default", hint="", **options):
+def check(kernel, mechanism, *, dtype="float32", cases="default", title=None, hint="", **options):
     r"""Hold ``kernel(q, k, v)`` against one of refattn's attentions.
 
     The truth is the formula in float64 on the same rounded inputs. A kernel passes when
 
     .. math:: |error| \le 2 E + 4\, \mathrm{eps}\, (1 + \max|s|) \max|v|
 
-    with E the error of refattn's own formula in the kernel's dtype and s the logits.
+    with E the error of refattn's own formula in the kernel's dtype (float16 is computed in float32
+    and rounded once) and s the logits.
 
     Parameters
     ----------
@@ -38,10 +39,13 @@ def check(kernel, mechanism, *, dtype="float32", cases="default", hint="", **opt
         What the kernel is given.
     cases : {"default", "square"}
         "square" leaves out the cases with n != m.
+    title : str, optional
+        The name in the report; the kernel's own if None.
     hint : str
         What to say while the kernel is an unfilled hole, one that returns None or ``...``.
     **options
-        The mechanism's options. A mask or bias fixes n and m: only matching cases run.
+        The mechanism's options, real arrays rounded to ``dtype``. Where an array fixes n, m or d,
+        the cases take those sizes.
 
     Returns
     -------
@@ -52,6 +56,7 @@ def check(kernel, mechanism, *, dtype="float32", cases="default", hint="", **opt
     ------
     ValueError
         Unknown mechanism or cases, or options that no case fits: the fault is not the kernel's.
+        ``return_lse`` and ``return_state`` are refused: the kernel's y is what is compared.
 
     Examples
     --------
@@ -67,18 +72,26 @@ def check(kernel, mechanism, *, dtype="float32", cases="default", hint="", **opt
     if truth is None or not hasattr(refattn, f"{name}_vjp"):
         raise ValueError(f"mechanism is {name!r}; expected an attention such as 'local_attention'")
     checks.choice("cases", cases, ("default", "square"))
+    for name in ("return_lse", "return_state"):
+        if options.get(name):
+            raise ValueError(f"{name}=True came; only the output y is compared")
+    title = title or getattr(kernel, "__name__", type(kernel).__name__)
+    options = {name: _cast(value, dtype) for name, value in options.items()}
     lines = []
     for case, q, k, v in _inputs(cases, np.dtype(dtype), options):
+        wanted, budget = _truth_and_budget(truth, q, k, v, options)
+        if wanted is None:
+            continue
         try:
             y = kernel(q.copy(), k.copy(), v.copy())
         except Exception as error:
             y = error
         if y is None or y is ...:
-            return Report(name, hint=hint)
-        lines.append(_judge(case, y, truth, q, k, v, options))
+            return Report(title, hint=hint)
+        lines.append(_compare(case, y, wanted, budget))
     if not lines:
         raise ValueError(f"no case fits the shapes of the options {sorted(options)}")
-    return Report(name, lines)
+    return Report(title, lines)
 
 
 def check_answer(answer, wanted, *, title="answer", tolerance=0.0, hint=""):
@@ -86,7 +99,8 @@ def check_answer(answer, wanted, *, title="answer", tolerance=0.0, hint=""):
 
     Parameters
     ----------
-    answer : number, array, or ``...`` (or None) while nothing has been filled in
+    answer : number, array, or a function of no arguments that gives one
+        ``...`` or None while nothing has been filled in. What a function raises is reported.
     wanted : number or array
     title : str
         What the answer is.
@@ -106,48 +120,90 @@ def check_answer(answer, wanted, *, title="answer", tolerance=0.0, hint=""):
     >>> check_answer(6, 6).passed
     True
     """
+    if callable(answer):
+        try:
+            answer = answer()
+        except Exception as error:
+            answer = error
     if answer is None or answer is ...:
         return Report(title, hint=hint)
     return Report(title, [_compare(title, answer, np.asarray(wanted), tolerance)])
 
 
+def _cast(value, dtype):
+    """Real arrays among the options, rounded to what the kernel is given."""
+    if isinstance(value, tuple):
+        return tuple(_cast(part, dtype) for part in value)
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return value.astype(dtype)
+    return value
+
+
+def _fixed_sizes(options):
+    """Sizes that the options' arrays fix: {"n": ..., "m": ..., "d": ...}."""
+    axes = {"mask": "nm", "bias": "nm", "gate": "n", "key_mask": "m", "E": "m", "omega": "d"}
+    fixed = {}
+    for name, sizes in axes.items():
+        shape = np.shape(options[name]) if options.get(name) is not None else ()
+        if name == "gate":
+            shape = shape[:-1]
+        for size, length in zip(sizes[::-1], shape[::-1], strict=False):
+            if length > 1 or name in ("E", "omega"):  # an axis of 1 fits any size
+                fixed[size] = length
+    return fixed
+
+
 def _inputs(cases, dtype, options):
-    """The cases that the options' arrays fit: name, q, k, v."""
-    fixed = [np.shape(options[name])[-2:] for name in ("mask", "bias") if name in options]
-    large = {LARGE: CASES["odd sizes"]}
-    for case, (n, m, d, e) in {**CASES, **large}.items():
-        if fixed:
-            n, m = fixed[0]
-        if cases == "square" and n != m:
+    """The cases, in the sizes that the options' arrays ask for: name, q, k, v."""
+    fixed = _fixed_sizes(options)
+    done = set()
+    for case, (n, m, d, e) in CASES.items():
+        n, m, d = fixed.get("n", n), fixed.get("m", m), fixed.get("d", d)
+        large = case == "large scores"
+        if (cases == "square" and n != m) or (n, m, d, e, large) in done:
             continue
+        done.add((n, m, d, e, large))
         rng = np.random.default_rng([n, m, d, e])
         q, k, v = (rng.standard_normal(s) for s in ((n, d), (m, d), (m, e)))
-        q = q * (LARGE_FACTOR if case == LARGE else 1)
-        yield case, *(x.astype(dtype) for x in (q, k, v))
+        q = q * (min(LARGE_FACTOR, 0.005 / np.finfo(dtype).eps) if large else 1)
+        label = case if not fixed or large else f"{n} queries, {m} keys"
+        yield label, *(x.astype(dtype) for x in (q, k, v))
 
 
-def _judge(case, y, truth, q, k, v, options):
-    """Compare with float64 of the same inputs, within the budget of the docstring."""
-    q64, k64, v64 = (x.astype(np.float64) for x in (q, k, v))
-    wanted = truth(q64, k64, v64, **options)
+def _truth_and_budget(truth, q, k, v, options):
+    """float64 of the same rounded inputs, and the budget of the docstring; None if q, k, v do not
+    fit the mechanism, such as n != m in a causal form that needs n = m."""
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    try:
+        wanted = truth(*wide, **{name: _cast(x, np.float64) for name, x in options.items()})
+    except ValueError:
+        if len(q) != len(k):
+            return None, None
+        raise
     own_error = abs(truth(q, k, v, **options) - wanted).max(initial=0)
     scale = checks.scale(options.get("scale"), q.shape[-1])
-    logits = 1 + abs(scale * (q64 @ k64.mT)).max(initial=0)
+    logits = abs(scale * (wide[0] @ wide[1].mT)).max(initial=0)
+    bias = np.asarray(options.get("bias") if options.get("bias") is not None else 0.0, float)
+    logits += 1 + abs(bias[np.isfinite(bias)]).max(initial=0)
     eps = float(np.finfo(q.dtype).eps)
-    budget = 2 * own_error + 4 * eps * logits * abs(v64).max(initial=0)
-    return _compare(case, y, wanted, budget)
+    return wanted, 2 * own_error + 4 * eps * logits * abs(wide[2]).max(initial=0)
 
 
 def _compare(case, y, wanted, budget):
     if isinstance(y, Exception):
         return Line(case, np.inf, budget, f"raised {type(y).__name__}: {y}")
+    given = type(y).__name__
     try:
-        y = np.asarray(y, float)
-    except (TypeError, ValueError):
-        return Line(case, np.inf, budget, f"gave {type(y).__name__}, expected numbers")
+        y = np.asarray(y)
+        y = y.astype(float) if y.dtype.kind in "biuf" else None
+    except Exception:  # whatever a foreign array does when NumPy asks for its numbers
+        y = None
+    if y is None:
+        return Line(case, np.inf, budget, f"gave {given}, expected real numbers")
     if y.shape != wanted.shape:
         return Line(case, np.inf, budget, f"has shape {y.shape}, expected {wanted.shape}")
-    error = abs(y - wanted)
+    with np.errstate(invalid="ignore"):
+        error = np.where(y == wanted, 0, abs(y - wanted))  # equal infinities are equal
     worst = float(np.max(error, initial=0))
     if worst <= budget:
         return Line(case, worst, budget)

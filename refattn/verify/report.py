@@ -1,4 +1,4 @@
-"""What a check found: a verdict, a line for each case, and a score."""
+"""What a check found: a verdict, and a line for each case."""
 
 from dataclasses import dataclass, field
 

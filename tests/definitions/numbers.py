@@ -54,6 +54,7 @@ def elementary(name):
 
     function.register(complex, getattr(cmath, name))
     function.register(mpmath.mpf, getattr(mpmath, name))
+    function.register(mpmath.mpc, getattr(mpmath, name))
     function.register(Counted, lambda x: x._new(function(x.value)))
     return function
 
