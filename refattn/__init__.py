@@ -4,10 +4,11 @@ Each mechanism is a folder with the truth in ``formula.py``. Attentions take q (
 k (..., m, d), v (..., m, e); beside NAME stand NAME_vjp, its gradient, and NAME_cost.
 """
 
-from refattn import datasets, masks, verify
+from refattn import datasets, gates, masks, verify
 from refattn.arrays import attention_matrix
 from refattn.cost import Cost
 from refattn.dispatch import BackendUnavailable
+from refattn.gates import gated_attention, gated_attention_cost, gated_attention_vjp
 from refattn.hierarchy import (
     block_attention,
     block_attention_cost,
@@ -66,6 +67,10 @@ __all__ = [
     "block_attention_cost",
     "block_attention_vjp",
     "datasets",
+    "gated_attention",
+    "gated_attention_cost",
+    "gated_attention_vjp",
+    "gates",
     "hyperbolic_features",
     "linear_attention",
     "linear_attention_chunked",

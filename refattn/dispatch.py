@@ -12,7 +12,7 @@ import inspect
 MODULES = {"numba": "cpu", "cuda": "cuda"}
 NEEDS = {"numba": "pip install numba", "cuda": "pip install 'numba-cuda[cu13]'"}
 BACKENDS = ("numpy", *MODULES)
-ROW_FORMS = {}
+ROW_FORMS, ROW_COSTS = {}, {}
 
 
 class BackendUnavailable(RuntimeError):
@@ -31,21 +31,28 @@ def backends(formula):
 
     signature = inspect.signature(formula)
     keyword = inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default="numpy")
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), keyword])
+    parameters = [*signature.parameters.values(), keyword]
+    parameters.sort(key=lambda p: p.kind)  # ahead of **options; the sort is stable
+    run.__signature__ = signature.replace(parameters=parameters)
     return run
 
 
-def rows_of(attention):
+def rows_of(attention, cost=None):
     """Register how some rows of ``attention`` are computed without the others.
 
     The function registered takes (rows, n, m, **options), rows being sorted query positions, and
     returns (forward, vjp, options) such that ``forward(q[..., rows, :], k, v, **options)`` gives
     those rows of the attention, and vjp its gradient; or None where these options do not go row
     by row. Gates use it to leave closed rows out.
+
+    ``cost``, (rows, n, m, d, e, **sizes) -> Cost, is needed where the work of a row depends on its
+    position; else the attention's own cost serves with len(rows) for n.
     """
 
     def register(form):
         ROW_FORMS[attention.__name__] = form
+        if cost is not None:
+            ROW_COSTS[attention.__name__] = cost
         return form
 
     return register

@@ -86,6 +86,7 @@ class Mechanism:
     arrays: tuple = ()
     cost_sizes: Callable = lambda options, shape: dict(options)
     counted: Callable | None = None
+    unread: Callable = lambda options, shape, itemsize: 0  # bytes of inputs that are left alone
     dead: Callable | None = None
     tolerance: Callable = softmax_tolerance
     gradient_tolerance: Callable = softmax_gradient_tolerance

@@ -21,15 +21,20 @@ ROOT = Path(__file__).parents[1]
 TESTS = "formulas vjps costs leaks masks properties steps errors house verify linear performer"
 DESELECT = "not readme and not links"  # the copy has no documents
 
-SOFTMAX, SPARSE, PAIRS = "softmax/formula.py", "sparse/formula.py", "sparse/pairs.py"
+SOFTMAX, MERGE, SPARSE, PAIRS = (
+    "softmax/formula.py",
+    "softmax/merge.py",
+    "sparse/formula.py",
+    "sparse/pairs.py",
+)
 STEPS, MASKS, ARRAYS = "softmax/steps.py", "masks.py", "arrays.py"
 COST, CHECKS = "cost.py", "checks.py"
 
 # (file under refattn/, the text that stands there once, what it is changed to)
 MUTATIONS = [
     # signs
-    (SOFTMAX, "p = np.exp(s - top)", "p = np.exp(s + top)"),
-    (SOFTMAX, "lse = top + np.log(l)", "lse = top - np.log(l)"),
+    (MERGE, "p = np.exp(s - top)", "p = np.exp(s + top)"),
+    (MERGE, "lse = top + np.log(l)", "lse = top - np.log(l)"),
     (SOFTMAX, "ds = seen(ds - p * pull)", "ds = seen(ds + p * pull)"),
     (SOFTMAX, 'pull = pull - checks.cotangent("dlse"', 'pull = pull + checks.cotangent("dlse"'),
     (SPARSE, "(dp - per_pair(", "(dp + per_pair("),
@@ -59,10 +64,10 @@ MUTATIONS = [
     (COST, "short * (short + 1) // 2", "short * (short - 1) // 2"),
     (SPARSE, "range((residue - (m - n)) % dilation", "range((residue + (m - n)) % dilation"),
     # axes
-    (SOFTMAX, "l = p.sum(axis=-1, keepdims=True)", "l = p.sum(axis=-2, keepdims=True)"),
-    (SOFTMAX, "top = s.max(axis=-1, keepdims", "top = s.max(axis=None, keepdims"),
+    (MERGE, "l = p.sum(axis=-1, keepdims=True)", "l = p.sum(axis=-2, keepdims=True)"),
+    (MERGE, "top = s.max(axis=-1, keepdims", "top = s.max(axis=None, keepdims"),
     (SOFTMAX, "pull = ds.sum(axis=-1, keepdims", "pull = ds.sum(axis=-2, keepdims"),
-    (SOFTMAX, "weights * ys).sum(axis=0)", "weights * ys).mean(axis=0)"),
+    (MERGE, "0, ys)).sum(axis=0)", "0, ys)).mean(axis=0)"),
     (ARRAYS, "axis=tuple(range(x.ndim - len(shape)))", "axis=tuple(range(0))"),
     # transposed arguments
     (SOFTMAX, "dv = masked_matmul(p.mT, dy", "dv = masked_matmul(p, dy"),
@@ -72,9 +77,9 @@ MUTATIONS = [
     (PAIRS, "a[..., i[part], :], b[..., j[part], :]", "a[..., j[part], :], b[..., i[part], :]"),
     # what must not leak, and what must not be written to
     (ARRAYS, "bad = None if allowed is None else", "bad = None if True else"),
-    (SOFTMAX, "top = np.where(top == -np.inf, 0, top)", "top = top + 0"),
-    (SOFTMAX, "p / np.where(l == 0, 1, l)", "p / l"),
-    (SOFTMAX, "np.where(lses[..., None] == -np.inf, 0, weights * ys)", "(weights * ys)"),
+    (MERGE, "top = np.where(top == -np.inf, 0, top)", "top = top + 0"),
+    (MERGE, "p / np.where(l == 0, 1, l)", "p / l"),
+    (MERGE, "np.where(lses[..., None] == -np.inf, 0, ys)", "ys"),
     (CHECKS, "mask = mask.copy()  #", "mask = mask  #"),
     (CHECKS, "mask.eliminate_zeros()", "mask.sort_indices()"),
 ]

@@ -14,6 +14,7 @@ NEEDED = {
     "local_attention": {"window": 1},
     "sparse_attention": {"mask": masks.causal(4)},
     "performer_attention": {"omega": np.ones((2, 3))},
+    "gated_attention": {"gate": np.ones((4, 1))},
     "linformer_attention": {"E": np.ones((2, 4))},
     "block_attention": {"block": 2},
     "two_level_attention": {"block": 2},

@@ -5,7 +5,8 @@ import numpy as np
 from refattn import checks
 from refattn.arrays import masked_matmul, sum_to_shape
 from refattn.cost import Cost, causal_pairs, qkvy_bytes, softmax_flops, working_size
-from refattn.dispatch import backends
+from refattn.dispatch import backends, rows_of
+from refattn.softmax.merge import row_softmax
 
 
 @backends
@@ -93,7 +94,7 @@ def softmax_attention(
     q, k, v, dtype = checks.qkv(q, k, v)
     bias, allowed = _visible(q, k, v, dtype, mask, bias, causal)
     s, _ = _scores(q, k, bias, allowed, scale, softcap)  # (..., n, m)
-    p, lse = _softmax(s)  # (..., n, m), (..., n)
+    p, lse = row_softmax(s)  # (..., n, m), (..., n)
     y = masked_matmul(p, v, allowed).astype(dtype, copy=False)  # (..., n, e)
     if not return_lse:
         return y
@@ -171,7 +172,7 @@ def softmax_attention_vjp(
     def seen(x):
         return x if allowed is None else np.where(allowed, x, 0)
 
-    p = seen(_softmax(s)[0])  # a row that saw a NaN is NaN all over
+    p = seen(row_softmax(s)[0])  # a row that saw a NaN is NaN all over
 
     # y = P @ v
     dp = dy @ v.mT  # (..., n, m)
@@ -252,60 +253,25 @@ def softmax_attention_cost(
     return Cost(flops, moved, working * n * m)
 
 
-def merge_attention(ys, lses):
-    r"""Attention over all keys, from attentions over parts of the keys.
+def _cost_of_rows(rows, n, m, d, e, *, causal=False, nnz=None, **sizes):
+    if causal and nnz is None:
+        seen = np.clip(np.asarray(rows) + (m - n) + 1, 0, m)
+        return softmax_attention_cost(len(rows), m, d, e, nnz=seen.sum(), mask=False, **sizes)
+    return softmax_attention_cost(len(rows), m, d, e, nnz=nnz, **sizes)
 
-    .. math:: y = \sum_p e^{lse_p - lse} y_p, \qquad lse = \log \sum_p e^{lse_p}
 
-    Parameters
-    ----------
-    ys : sequence or array (parts, ..., n, e)
-        Each part's output for the same queries.
-    lses : sequence or array (parts, ..., n)
-        Each part's log-sum-exp.
-
-    Returns
-    -------
-    y : array (..., n, e)
-        In the dtype of ys.
-    lse : array (..., n)
-        Hand both on to merge again: merging is associative, so parts may be fused in any grouping.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Not real floating point; no parts; shapes that do not fit.
-
-    Notes
-    -----
-    Cost: (2 e + 5) FLOPs a row and part, and 2 a row. A part with lse = -inf saw nothing and
-    counts for nothing, whatever its y holds; where all are such, y = 0 and lse = -inf.
-
-    References
-    ----------
-    Dao et al. 2022, arXiv:2205.14135, section 3.1; Liu et al. 2023, arXiv:2310.01889.
-
-    Examples
-    --------
-    Two keys of equal weight, one in each part:
-
-    >>> import numpy as np
-    >>> y, lse = merge_attention([[[2.0]], [[4.0]]], [[0.0], [0.0]])
-    >>> float(y[0, 0]), float(np.exp(lse[0]))
-    (3.0, 2.0)
-    """
-    ys, lses = checks.floating("ys", ys), checks.floating("lses", lses)
-    if ys.ndim < 3 or len(ys) < 1:
-        raise ValueError(f"ys has shape {ys.shape}; expected (parts, ..., n, e), parts >= 1")
-    if lses.shape != ys.shape[:-1]:
-        raise ValueError(f"lses has shape {lses.shape}; expected {ys.shape[:-1]}, as ys has")
-    dtype = ys.dtype
-    compute = np.result_type(checks.compute_dtype(dtype), checks.compute_dtype(lses.dtype))
-    ys, lses = ys.astype(compute), lses.astype(compute)
-    weights, lse = _softmax(np.moveaxis(lses, 0, -1))  # (..., n, parts), (..., n)
-    weights = np.moveaxis(weights, -1, 0)[..., None]  # (parts, ..., n, 1)
-    y = (weights * np.where(lses[..., None] == -np.inf, 0, ys)).sum(axis=0)
-    return y.astype(dtype, copy=False), lse
+@rows_of(softmax_attention, cost=_cost_of_rows)
+def _some_rows(rows, n, m, *, mask=None, bias=None, causal=False, **options):
+    """Masks and biases keep their rows; causal becomes a mask."""
+    if mask is not None:
+        mask = checks.boolean_mask(mask, (*np.shape(mask)[:-2], n, m))[..., rows, :]
+    if checks.flag("causal", causal):
+        past = np.arange(m) <= np.asarray(rows)[:, None] + (m - n)
+        mask = past if mask is None else mask & past
+    if bias is not None:
+        checks.fits("bias", np.asarray(bias), (*np.shape(bias)[:-2], n, m))
+        bias = np.broadcast_to(bias, (*np.shape(bias)[:-2], n, m))[..., rows, :]
+    return softmax_attention, softmax_attention_vjp, {**options, "mask": mask, "bias": bias}
 
 
 def _visible(q, k, v, dtype, mask, bias, causal):
@@ -337,14 +303,3 @@ def _scores(q, k, bias, allowed, scale, softcap):
     if bias is not None:
         s = s + bias
     return (s if allowed is None else np.where(allowed, s, -np.inf)), slope
-
-
-def _softmax(s):
-    """Row-wise softmax and log-sum-exp; a row of -inf gives zeros and -inf."""
-    top = s.max(axis=-1, keepdims=True, initial=-np.inf)
-    top = np.where(top == -np.inf, 0, top)  # so that an empty row is exp(-inf), not inf - inf
-    p = np.exp(s - top)
-    l = p.sum(axis=-1, keepdims=True)
-    with np.errstate(divide="ignore"):  # log 0 = -inf is the answer for an empty row
-        lse = top + np.log(l)
-    return p / np.where(l == 0, 1, l), lse[..., 0]

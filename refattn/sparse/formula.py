@@ -9,7 +9,7 @@ import numpy as np
 from refattn import checks
 from refattn.arrays import sum_to_shape
 from refattn.cost import Cost, qkvy_bytes, softmax_flops, working_size
-from refattn.dispatch import backends
+from refattn.dispatch import backends, rows_of
 from refattn.softmax.formula import softmax_attention, softmax_attention_vjp
 from refattn.sparse.pairs import PAIRS, csr_matmul, pair_dots, pair_weights, per_pair, row_reduce
 
@@ -293,6 +293,29 @@ def sparse_attention_cost(n, m, d, e, *, nnz, scale=None, itemsize=4):
     moved = qkvy_bytes(n, m, d, e, itemsize) + stored
     workspace = working_size(itemsize) * (nnz + min(PAIRS, nnz) * 2 * d)
     return Cost(softmax_flops(nnz, d, e), moved, workspace)
+
+
+def _cost_of_window_rows(
+    rows, n, m, d, e, *, window, causal=False, dilation=1, scale=None, itemsize=4
+):
+    count = window_keys(n, m, window, causal, dilation)[1][np.asarray(rows, int)]
+    pairs = sparse_attention_cost(len(rows), m, d, e, nnz=count.sum(), itemsize=itemsize)
+    return Cost(pairs.flops, qkvy_bytes(len(rows), m, d, e, itemsize), pairs.workspace)
+
+
+@rows_of(local_attention, cost=_cost_of_window_rows)
+def _some_windows(rows, n, m, *, window, causal=False, dilation=1, **options):
+    """The pairs of the windows that are left."""
+    from refattn import masks  # masks itself needs window_keys
+
+    mask = masks.local(n, window, m=m, causal=causal, dilation=dilation)[rows]
+    return sparse_attention, sparse_attention_vjp, {**options, "mask": mask}
+
+
+@rows_of(sparse_attention)
+def _some_pairs(rows, n, m, *, mask, **options):
+    mask = checks.csr_mask(mask, n, m)[rows]
+    return sparse_attention, sparse_attention_vjp, {**options, "mask": mask}
 
 
 def window_keys(n, m, window, causal=False, dilation=1):
