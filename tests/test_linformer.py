@@ -198,6 +198,30 @@ def test_bytes_of_a_mask_and_of_a_second_projection(itemsize):
     assert plain.flops - both.flops == 2 * 4 * (3 + 2)  # one key less in both projections
 
 
+def test_workspace_by_hand():
+    """E k and F v have 4 (3 + 2) = 20 numbers, the scores 5 * 4; half types take 4 bytes each."""
+    for itemsize, working in ((2, 4), (4, 4), (8, 8)):
+        cost = refattn.linformer_attention_cost(5, 7, 3, 2, r=4, itemsize=itemsize)
+        assert cost.workspace == working * (20 + 20)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "words"),
+    [
+        ({"r": 0}, ValueError, ["r is 0", ">= 1"]),
+        ({"r": 2.0}, TypeError, ["r is 2.0"]),
+        ({"r": 2, "key_mask": 8}, ValueError, ["key_mask is 8", "from 0 to 7"]),
+        ({"r": 2, "key_mask": True}, TypeError, ["key_mask is True"]),
+        ({"r": 2, "F": 1}, TypeError, ["F is 1", "True or False"]),
+    ],
+)
+def test_costs_refuse_sizes_that_cannot_be(sizes, error, words):
+    with refused(error, *words):
+        refattn.linformer_attention_cost(5, 7, 3, 2, **sizes)
+    with refused(ValueError, "n is -1"):
+        refattn.linformer_attention_cost(-1, 7, 3, 2, r=2)
+
+
 # ---- projections
 
 

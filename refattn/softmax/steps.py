@@ -59,7 +59,8 @@ def online(q, k, v, *, scale=None):
 
     At the end y = a / l. No row of scores is ever whole: workspace O(n e), not O(n m).
 
-    References: Milakov & Gimelshein 2018, arXiv:1805.02867, algorithm 3.
+    References: Milakov & Gimelshein 2018, arXiv:1805.02867, for m and l; Rabe & Staats 2021,
+    arXiv:2112.05682, for a too.
 
     >>> import numpy as np
     >>> online(np.full((1, 1), 1e4), np.ones((2, 1)), np.array([[1.0], [3.0]]))
