@@ -1,4 +1,4 @@
-"""refattn: efficient attention, written once to be read, run three ways, proved and costed.
+"""refattn: efficient attention, written once to be read, tested and costed.
 
 Each mechanism is a folder with the truth in ``formula.py``. Attentions take q (..., n, d),
 k (..., m, d), v (..., m, e); beside NAME stand NAME_vjp, its gradient, and NAME_cost.

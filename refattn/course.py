@@ -6,6 +6,7 @@ written to (build/figures beside the package's clone, if unset). Matplotlib is i
 
 import csv
 import os
+import textwrap
 import time
 import tracemalloc
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ class Measurement:
 
 
 def measure(function, *, repeat=5, budget=1.0):
-    """Time ``function()`` and find the memory it takes beyond what it is given and returns.
+    """Time ``function()`` and find the memory it takes beyond what it is given and returns
+    (an array or a tuple of arrays).
 
     Runs once to warm up and once more for the memory, then up to ``repeat`` times or until
     ``budget`` seconds are spent.
@@ -44,7 +46,8 @@ def measure(function, *, repeat=5, budget=1.0):
     function()
     tracemalloc.start()
     result = function()
-    peak = tracemalloc.get_traced_memory()[1] - getattr(result, "nbytes", 0)
+    kept = result if isinstance(result, tuple) else (result,)
+    peak = tracemalloc.get_traced_memory()[1] - sum(getattr(x, "nbytes", 0) for x in kept)
     tracemalloc.stop()
     times = []
     while len(times) < repeat and sum(times) < budget:
@@ -137,7 +140,12 @@ def summary(csv=None, *, progress=False):
         rows.append([example.label, n, *sizes, np.median(error), error.min(), error.max()])
     if csv is not None:
         write_csv(csv, header, rows)
-    return _table(header, rows)
+    legend = (
+        f"One head, float32, {count} trained heads of {n} tokens: FLOPs, bytes in and out and "
+        "workspace in bytes as counted; ms of NumPy a head; error = |y - exact| / |exact|: the "
+        "median over the heads, the least and the most."
+    )
+    return f"{_table(header, rows)}\n\n{textwrap.fill(legend, 100)}"
 
 
 def _table(header, rows):

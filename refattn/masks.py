@@ -11,7 +11,6 @@ import numpy as np
 import scipy
 
 from refattn import checks
-from refattn.sparse.formula import window_keys
 
 
 def union(*masks):
@@ -248,6 +247,29 @@ def expand_blocks(pattern, block, n, m=None):
     pattern = checks.csr_mask(pattern, -(-n // block), -(-m // block))
     whole = scipy.sparse.kron(pattern, np.ones((block, block), bool), format="csr")
     return scipy.sparse.csr_array(whole[:n, :m]).astype(bool)
+
+
+def window_keys(n, m, window, causal=False, dilation=1):
+    """First key and number of keys that each query's window holds: two arrays (n,).
+
+    >>> window_keys(3, 5, (1, 0))
+    (array([1, 2, 3]), array([2, 2, 2]))
+    """
+    left, right, dilation = reach(n, m, window, causal, dilation)
+    i = np.arange(n) + (m - n)
+    low = np.maximum(-left, -(i // dilation))  # smallest t with i + t * dilation >= 0
+    high = np.minimum(right, (m - 1 - i) // dilation)
+    return i + low * dilation, np.maximum(0, high - low + 1)
+
+
+def reach(n, m, window, causal, dilation):
+    """left, right and dilation, no larger than matters for n queries and m keys.
+
+    >>> reach(3, 5, 10**30, True, 2)
+    (8, 0, 2)
+    """
+    left, right = (min(side, n + m) for side in checks.window(window, causal))
+    return left, right, min(checks.whole("dilation", dilation, least=1), n + m + 1)
 
 
 _lower = causal  # `causal` is also the name of an option

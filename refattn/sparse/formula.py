@@ -6,7 +6,7 @@ sparse attention goes by the stored pairs of a csr mask.
 
 import numpy as np
 
-from refattn import checks
+from refattn import checks, masks
 from refattn.arrays import sum_to_shape
 from refattn.cost import Cost, qkvy_bytes, softmax_flops, working_size
 from refattn.dispatch import backends, rows_of
@@ -154,8 +154,8 @@ def local_attention_cost(n, m, d, e, *, window, causal=False, dilation=1, scale=
     True
     """
     n, m, d, e = checks.sizes(n, m, d, e)
-    _, count = window_keys(n, m, window, causal, dilation)
-    left, right, dilation = _reach(n, m, window, causal, dilation)
+    _, count = masks.window_keys(n, m, window, causal, dilation)
+    left, right, dilation = masks.reach(n, m, window, causal, dilation)
     reach = min(BLOCK, n) * min(left + right + min(BLOCK, n), -(-m // dilation))
     flops = softmax_flops(int(count.sum()), d, e)
     return Cost(flops, qkvy_bytes(n, m, d, e, itemsize), working_size(itemsize) * reach)
@@ -298,7 +298,7 @@ def sparse_attention_cost(n, m, d, e, *, nnz, scale=None, itemsize=4):
 def _cost_of_window_rows(
     rows, n, m, d, e, *, window, causal=False, dilation=1, scale=None, itemsize=4
 ):
-    count = window_keys(n, m, window, causal, dilation)[1][np.asarray(rows, int)]
+    count = masks.window_keys(n, m, window, causal, dilation)[1][np.asarray(rows, int)]
     pairs = sparse_attention_cost(len(rows), m, d, e, nnz=count.sum(), itemsize=itemsize)
     return Cost(pairs.flops, qkvy_bytes(len(rows), m, d, e, itemsize), pairs.workspace)
 
@@ -306,8 +306,6 @@ def _cost_of_window_rows(
 @rows_of(local_attention, cost=_cost_of_window_rows)
 def _some_windows(rows, n, m, *, window, causal=False, dilation=1, **options):
     """The pairs of the windows that are left."""
-    from refattn import masks  # masks itself needs window_keys
-
     mask = masks.local(n, window, m=m, causal=causal, dilation=dilation)[rows]
     return sparse_attention, sparse_attention_vjp, {**options, "mask": mask}
 
@@ -318,28 +316,13 @@ def _some_pairs(rows, n, m, *, mask, **options):
     return sparse_attention, sparse_attention_vjp, {**options, "mask": mask}
 
 
-def window_keys(n, m, window, causal=False, dilation=1):
-    """First key and number of keys that each query's window holds: two arrays (n,)."""
-    left, right, dilation = _reach(n, m, window, causal, dilation)
-    i = np.arange(n) + (m - n)
-    low = np.maximum(-left, -(i // dilation))  # smallest t with i + t * dilation >= 0
-    high = np.minimum(right, (m - 1 - i) // dilation)
-    return i + low * dilation, np.maximum(0, high - low + 1)
-
-
-def _reach(n, m, window, causal, dilation):
-    """left, right and dilation, no larger than matters for n queries and m keys."""
-    left, right = (min(side, n + m) for side in checks.window(window, causal))
-    return left, right, min(checks.whole("dilation", dilation, least=1), n + m + 1)
-
-
 def _bands(n, m, window, causal, dilation):
     """Bands of up to BLOCK queries: their slice, the slice of keys they reach, and who sees whom.
 
     Query i stands at position i + (m - n), and meets only keys of the same residue modulo the
     dilation; inside a residue, positions are renumbered 0, 1, 2, ... and the window is undilated.
     """
-    left, right, dilation = _reach(n, m, window, causal, dilation)
+    left, right, dilation = masks.reach(n, m, window, causal, dilation)
     for residue in range(min(dilation, m)):
         last = (m - 1 - residue) // dilation
         for start in range((residue - (m - n)) % dilation, n, BLOCK * dilation):
