@@ -145,10 +145,11 @@ def summary(csv=None, *, progress=False):
         "workspace in bytes as counted; ms of NumPy a head; error = |y - exact| / |exact|: the "
         "median over the heads, the least and the most."
     )
-    return f"{_table(header, rows)}\n\n{textwrap.fill(legend, 100)}"
+    return f"{table(header, rows)}\n\n{textwrap.fill(legend, 100)}"
 
 
-def _table(header, rows):
+def table(header, rows):
+    """Rows under a header, as text in columns."""
     cells = [header] + [[_readable(x) for x in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []

@@ -4,6 +4,7 @@ import numpy as np
 
 import refattn
 from refattn import checks
+from refattn.verify.mistakes import LINEAR, equal_mistakes
 from refattn.verify.report import Line, Report
 
 # n, m, d, e: one token, odd sizes, more keys than queries and fewer, more than one tile
@@ -15,6 +16,7 @@ CASES = {
     "fewer keys": (12, 7, 4, 4),
     "large scores": (130, 130, 16, 16),
 }
+FAINT = {"faint keys": (13, 13, 5, 7)}  # an epsilon in the denominator shows
 LARGE_FACTOR = 300.0  # on q in the last case, less where the dtype could not tell right from wrong
 
 
@@ -50,7 +52,8 @@ def check(kernel, mechanism, *, dtype="float32", cases="default", title=None, hi
     Returns
     -------
     Report
-        Whatever the kernel does, an exception included, ends as a line of the report.
+        Whatever the kernel does, an exception included, ends as a line of the report. Its
+        ``diagnosis`` names the known mistakes that the kernel equals in every case.
 
     Raises
     ------
@@ -64,21 +67,24 @@ def check(kernel, mechanism, *, dtype="float32", cases="default", title=None, hi
     >>> def kernel(q, k, v):
     ...     a = np.exp(q @ k.T)  # the scale is missing
     ...     return a @ v / a.sum(axis=1, keepdims=True)
-    >>> check(kernel, "softmax_attention").passed
-    False
+    >>> report = check(kernel, "softmax_attention")
+    >>> report.passed, report.diagnosis
+    (False, ('scale missing: the scores are q . k, not q . k / sqrt(d)',))
     """
     name = getattr(mechanism, "__name__", mechanism)
     truth = getattr(refattn, str(name), None)
     if truth is None or not hasattr(refattn, f"{name}_vjp"):
         raise ValueError(f"mechanism is {name!r}; expected an attention such as 'local_attention'")
     checks.choice("cases", cases, ("default", "square"))
-    for name in ("return_lse", "return_state"):
-        if options.get(name):
-            raise ValueError(f"{name}=True came; only the output y is compared")
+    for refused in ("return_lse", "return_state"):
+        if options.get(refused):
+            raise ValueError(f"{refused}=True came; only the output y is compared")
     title = title or getattr(kernel, "__name__", type(kernel).__name__)
     options = {name: _cast(value, dtype) for name, value in options.items()}
-    lines = []
-    for case, q, k, v in _inputs(cases, np.dtype(dtype), options):
+    lines, seen = [], []
+    wide = {name: _cast(value, np.float64) for name, value in options.items()}
+    faint = FAINT if name in LINEAR else {}
+    for case, q, k, v in _inputs({**CASES, **faint}, cases, np.dtype(dtype), options):
         wanted, budget = _truth_and_budget(truth, q, k, v, options)
         if wanted is None:
             continue
@@ -89,9 +95,13 @@ def check(kernel, mechanism, *, dtype="float32", cases="default", title=None, hi
         if y is None or y is ...:
             return Report(title, hint=hint)
         lines.append(_compare(case, y, wanted, budget))
+        y = _numbers(y)
+        if y is not None and y.shape == wanted.shape:
+            inputs = (x.astype(float) for x in (q, k, v))
+            seen.append((y, wanted, budget, float(np.finfo(q.dtype).eps), *inputs, wide))
     if not lines:
         raise ValueError(f"no case fits the shapes of the options {sorted(options)}")
-    return Report(title, lines)
+    return Report(title, lines, diagnosis=_diagnosis(name, lines, seen))
 
 
 def check_answer(answer, wanted, *, title="answer", tolerance=0.0, hint=""):
@@ -130,6 +140,13 @@ def check_answer(answer, wanted, *, title="answer", tolerance=0.0, hint=""):
     return Report(title, [_compare(title, answer, np.asarray(wanted), tolerance)])
 
 
+def _diagnosis(mechanism, lines, seen):
+    """The known mistakes that the kernel equals, each in a sentence; empty if all is right."""
+    if not any(line.trouble for line in lines):
+        return ()
+    return tuple(f"{m.name}: {m.tells}" for m in equal_mistakes(mechanism, seen))
+
+
 def _cast(value, dtype):
     """Real arrays among the options, rounded to what the kernel is given."""
     if isinstance(value, tuple):
@@ -153,20 +170,23 @@ def _fixed_sizes(options):
     return fixed
 
 
-def _inputs(cases, dtype, options):
+def _inputs(shapes, cases, dtype, options):
     """The cases, in the sizes that the options' arrays ask for: name, q, k, v."""
     fixed = _fixed_sizes(options)
     done = set()
-    for case, (n, m, d, e) in CASES.items():
+    for case, (n, m, d, e) in shapes.items():
         n, m, d = fixed.get("n", n), fixed.get("m", m), fixed.get("d", d)
-        large = case == "large scores"
-        if (cases == "square" and n != m) or (n, m, d, e, large) in done:
+        kind = case if case in ("large scores", *FAINT) else ""
+        if (cases == "square" and n != m) or (n, m, d, e, kind) in done:
             continue
-        done.add((n, m, d, e, large))
+        done.add((n, m, d, e, kind))
         rng = np.random.default_rng([n, m, d, e])
         q, k, v = (rng.standard_normal(s) for s in ((n, d), (m, d), (m, e)))
-        q = q * (min(LARGE_FACTOR, 0.005 / np.finfo(dtype).eps) if large else 1)
-        label = case if not fixed or large else f"{n} queries, {m} keys"
+        if kind == "large scores":
+            q = q * min(LARGE_FACTOR, 0.005 / np.finfo(dtype).eps)
+        elif kind:
+            k = k - 12  # elu + 1 is exp there: features of 1e-5
+        label = case if not fixed or kind else f"{n} queries, {m} keys"
         yield label, *(x.astype(dtype) for x in (q, k, v))
 
 
@@ -192,12 +212,7 @@ def _truth_and_budget(truth, q, k, v, options):
 def _compare(case, y, wanted, budget):
     if isinstance(y, Exception):
         return Line(case, np.inf, budget, f"raised {type(y).__name__}: {y}")
-    given = type(y).__name__
-    try:
-        y = np.asarray(y)
-        y = y.astype(float) if y.dtype.kind in "biuf" else None
-    except Exception:  # whatever a foreign array does when NumPy asks for its numbers
-        y = None
+    given, y = type(y).__name__, _numbers(y)
     if y is None:
         return Line(case, np.inf, budget, f"gave {given}, expected real numbers")
     if y.shape != wanted.shape:
@@ -208,6 +223,15 @@ def _compare(case, y, wanted, budget):
     if worst <= budget:
         return Line(case, worst, budget)
     return Line(case, worst, budget, _where(y, wanted, ~(error <= budget)))
+
+
+def _numbers(y):
+    """What came as a float64 array; None where it holds no real numbers."""
+    try:
+        y = np.asarray(y)
+        return y.astype(float) if y.dtype.kind in "biuf" else None
+    except Exception:  # whatever a foreign array does when NumPy asks for its numbers
+        return None
 
 
 def _where(y, wanted, wrong):

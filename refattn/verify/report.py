@@ -1,6 +1,8 @@
 """What a check found: a verdict, and a line for each case."""
 
-from dataclasses import dataclass, field
+import json
+import math
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,14 @@ class Report:
     lines : list of Line
     hint : str
         Shown instead of a verdict when nothing has been filled in yet.
+    diagnosis : tuple of str
+        Known mistakes that the outcome equals, each with a sentence.
     """
 
     title: str
     lines: list = field(default_factory=list)
     hint: str = ""
+    diagnosis: tuple = ()
 
     @property
     def filled(self):
@@ -51,6 +56,16 @@ class Report:
         verdict = "right" if not wrong else f"not right in {wrong} of {len(self.lines)} cases"
         head = f"{self.title}: {verdict}"
         columns = f"{'case':<24} {'error':>9} {'budget':>9}  verdict"
-        return "\n".join([head, columns, *map(str, self.lines)])
+        known = [f"It equals a known mistake. {mistake}." for mistake in self.diagnosis]
+        return "\n".join([head, *known, columns, *map(str, self.lines)])
 
     __repr__ = __str__
+
+    def to_json(self):
+        """The report as JSON: title, passed, diagnosis, and each line; an endless error is null."""
+        lines = [asdict(line) | {"passed": not line.trouble} for line in self.lines]
+        for line in lines:
+            line["error"] = line["error"] if math.isfinite(line["error"]) else None
+        whole = {"title": self.title, "passed": self.passed, "hint": self.hint}
+        whole |= {"diagnosis": list(self.diagnosis), "lines": lines}
+        return json.dumps(whole, indent=2)
