@@ -30,7 +30,7 @@ def sum_to_shape(x, shape):
     return x.sum(axis=stretched, keepdims=True) if stretched else x
 
 
-def attention_matrix(attention, q, k, **options):
+def attention_matrix(attention, q, k, /, **options):
     r"""The weights A of an attention: the matrix with ``y = A @ v``.
 
     .. math:: A = \mathrm{attention}(q, k, I_m)
@@ -58,7 +58,8 @@ def attention_matrix(attention, q, k, **options):
     Notes
     -----
     It costs what the attention costs with e = m, so O(n m) memory even for a linear form: it is
-    for looking, not for computing.
+    for looking, not for computing. Where the output is not linear in v, as with an
+    ``initial_state`` or a pool or fuse of "max", there is no such matrix.
 
     Examples
     --------

@@ -127,6 +127,12 @@ def window(value, causal=False):
     return left, 0 if flag("causal", causal) else right
 
 
+def square(name, n, m):
+    """A causal form whose past comes in as a state, or not at all."""
+    if n != m:
+        raise ValueError(f"{name} came with n = {n}, m = {m}; it needs n = m")
+
+
 def fits(name, x, shape):
     """Refuse an ``x`` that does not broadcast to ``shape``."""
     try:
@@ -152,19 +158,20 @@ def boolean_mask(mask, shape):
 
 
 def additive_bias(bias, shape, dtype, compute):
-    """A real bias (-inf allowed) rounded to q's dtype, then held in the dtype of the arithmetic."""
-    bias = floating("bias", bias)
+    """A real bias, -inf allowed: a finite one that overflows is not taken for a mask."""
+    bias = real_option("bias", bias, dtype, compute)
     fits("bias", bias, shape)
-    with np.errstate(over="ignore"):
-        rounded = bias.astype(dtype, copy=False).astype(compute, copy=False)
-    if not (np.isfinite(rounded) | ~np.isfinite(bias)).all():
-        raise ValueError(f"bias has finite entries beyond {dtype}; -inf hides a pair")
-    return rounded
+    return bias
 
 
 def real_option(name, x, dtype, compute):
     """A real array rounded to q's dtype, then held in the dtype of the arithmetic."""
-    return floating(name, x).astype(dtype, copy=False).astype(compute, copy=False)
+    x = floating(name, x)
+    with np.errstate(over="ignore"):
+        rounded = x.astype(dtype, copy=False).astype(compute, copy=False)
+    if not (np.isfinite(rounded) | ~np.isfinite(x)).all():
+        raise ValueError(f"{name} has finite entries beyond {np.dtype(dtype)}")
+    return rounded
 
 
 def csr_mask(mask, n, m):

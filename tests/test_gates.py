@@ -148,6 +148,150 @@ def test_work_falls_with_the_open_rows():
         cost(8, 8, 2, 2, open_rows=9)
 
 
+@pytest.mark.parametrize("rows", [[0], [3, 4], [1, 5, 6, 10], list(range(N))])
+@pytest.mark.parametrize("name", [n for n in SETTINGS if n not in ("softmax-all", "sparse")])
+def test_costs_of_rows_add_up(name, rows):
+    """All rows cost what the attention costs; closing a row never costs more."""
+    attention, options = SETTINGS[name]
+    sizes = {key: x for key, x in options.items() if key not in ("initial_state", "key_mask")}
+    for array, size in (("omega", "num_features"), ("E", "r"), ("mask", "nnz")):
+        if array in sizes:
+            x = sizes.pop(array)
+            sizes[size] = x.nnz if array == "mask" else x.shape[-2]
+    sizes |= {"F": True} if "F" in sizes else {}
+    few, whole = (
+        refattn.gated_attention_cost(N, N, D, D, open_rows=r, attention=attention, **sizes)
+        for r in (rows, np.arange(N))
+    )
+    alone = getattr(refattn, f"{attention.__name__}_cost")(N, N, D, D, **sizes)
+    assert whole.flops == alone.flops + N * D
+    assert few.flops <= whole.flops and few.bytes <= whole.bytes
+
+
+@pytest.mark.parametrize(
+    ("open_rows", "error"),
+    [([9], ValueError), ([-1], ValueError), ([3, 3], ValueError), ([0.7, 1.9], TypeError)]
+    + [(np.array([True, False]), TypeError), ([[1]], TypeError), (-1, ValueError)],
+)
+def test_positions_that_cannot_be(open_rows, error):
+    with pytest.raises(error):
+        refattn.gated_attention_cost(4, 4, 2, 2, open_rows=open_rows)
+
+
+def test_costs_that_cannot_be_told():
+    cost = refattn.gated_attention_cost
+    with refused(ValueError, "gate_width is 3", "1 or e = 8"):
+        cost(4, 4, 8, 8, open_rows=2, gate_width=3)
+    with refused(ValueError, "expected one of refattn's"):
+        cost(4, 4, 8, 8, open_rows=2, attention=lambda q, k, v: v)
+    with refused(ValueError, "fuse='sum'", "block_attention_cost"):
+        cost(4, 4, 8, 8, open_rows=[1], attention=refattn.block_attention, block=2, fuse="sum")
+
+
+@pytest.mark.parametrize("name", ["linear-causal", "chunked", "performer-causal"])
+def test_causal_forms_check_their_arguments_behind_a_closed_gate(name):
+    attention, options = SETTINGS[name]
+    options = {key: x for key, x in options.items() if key not in ("key_mask", "initial_state")}
+    gate = HARD[0, 1]
+    for wrong, words in (
+        ({"k": k[..., :9, :], "v": v[..., :9, :]}, ["n = 11, m = 9"]),
+        ({"q": q[..., :9, :], "gate": gate[:9]}, ["n = 9, m = 11"]),
+    ):
+        inputs = {"q": q, "k": k, "v": v, "gate": gate, **wrong}
+        with refused(ValueError, *words):
+            refattn.gated_attention(**inputs, attention=attention, **options)
+    with refused(TypeError, "causal is 1"):
+        refattn.gated_attention(q, k, v, gate=gate, attention=attention, **{**options, "causal": 1})
+
+
+def test_chunk_is_checked_behind_a_closed_gate():
+    with refused(ValueError, "chunk is 0"):
+        refattn.gated_attention(
+            q, k, v, gate=HARD, attention=refattn.linear_attention_chunked, chunk=0
+        )
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_keys_that_no_open_row_sees_reach_nothing(name):
+    """NaN in the last key, closed from the row before it on; and with every row closed."""
+    attention, options = SETTINGS[name]
+    bad_k, bad_v = k.copy(), v.copy()
+    bad_k[..., -1, :], bad_v[..., -1, :] = np.nan, np.nan
+    shut = np.zeros((N, 1))
+    y = refattn.gated_attention(q, bad_k, bad_v, gate=shut, attention=attention, **options)
+    grads = refattn.gated_attention_vjp(
+        dy, q, bad_k, bad_v, gate=shut, attention=attention, **options
+    )
+    assert not y.any() and not any(g.any() for g in flat(grads))
+    if not options.get("causal", attention is refattn.linear_attention_chunked):
+        return
+    gate = (np.arange(N)[:, None] < N - 2) * 1.0
+    grads = refattn.gated_attention_vjp(
+        dy, q, bad_k, bad_v, gate=gate, attention=attention, **options
+    )
+    assert all(np.isfinite(g).all() for g in flat(grads))
+    clean = refattn.gated_attention_vjp(dy, q, k, v, gate=gate, attention=attention, **options)
+    for g, c in zip(flat(grads), flat(clean), strict=True):
+        np.testing.assert_allclose(g, c, rtol=1e-12, atol=1e-13)
+
+
+def test_a_callable_gate_is_called_once():
+    calls = []
+
+    def gate(q, k, v):
+        calls.append(1)
+        return HARD
+
+    refattn.gated_attention_vjp(dy, q, k, v, gate=gate)
+    refattn.gated_attention(q, k, v, gate=gate)
+    assert len(calls) == 2
+
+
+def test_a_state_may_come_as_a_list():
+    pair = [x[0] for x in STATE]
+    gate = HARD[0, 1]
+    *_, as_list = refattn.gated_attention_vjp(
+        dy, q, k, v, gate=gate, attention=refattn.linear_attention, initial_state=pair
+    )
+    *_, as_tuple = refattn.gated_attention_vjp(
+        dy, q, k, v, gate=gate, attention=refattn.linear_attention, initial_state=tuple(pair)
+    )
+    for a, b in zip(as_list, as_tuple, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_arrays_are_rounded_to_the_dtype_of_q():
+    """A float64 gate, E or bias with float16 q counts as rounded: the contract's cast."""
+    low = [x.astype(np.float16) for x in (q, k, v)]
+    gate, wide = rng.random((N, 1)), rng.standard_normal((5, N))
+    for options in (
+        {},
+        {"bias": rng.standard_normal((N, N))},
+        {"attention": refattn.linformer_attention, "E": wide},
+        {"attention": refattn.performer_attention, "omega": OMEGA},
+    ):
+        rounded = {
+            name: x.astype(np.float16) if isinstance(x, np.ndarray) else x
+            for name, x in options.items()
+        }
+        y = refattn.gated_attention(*low, gate=gate, **options)
+        z = refattn.gated_attention(*low, gate=gate.astype(np.float16), **rounded)
+        np.testing.assert_array_equal(y, z)
+
+
+def test_weights_of_a_gated_attention():
+    """attention_matrix hands ``attention`` on as an option."""
+    a = refattn.attention_matrix(
+        refattn.gated_attention,
+        q,
+        k,
+        gate=HARD,
+        attention=refattn.sparse_attention,
+        mask=masks.hierarchical(N, 3),
+    )
+    np.testing.assert_allclose(a.sum(axis=-1), HARD[..., 0], atol=1e-14)
+
+
 def test_a_foreign_attention_runs_in_full():
     seen = []
 
@@ -169,6 +313,12 @@ def test_a_foreign_attention_runs_in_full():
     np.testing.assert_allclose(grads[3], (dy * 2 * v).sum(-1, keepdims=True), rtol=1e-13)
     with refused(ValueError, "attention_vjp"):
         refattn.gated_attention_vjp(dy, q, k, v, gate=HARD, attention=foreign, factor=2.0)
+    with refused(ValueError, "attention_vjp", "their gradient"):
+        refattn.gated_attention_vjp(dy, q, k, v, gate=HARD, attention_vjp=foreign_vjp)
+    half = refattn.gated_attention(
+        *(x.astype(np.float32) for x in (q, k, v)), gate=HARD, attention=lambda q, k, v: v * 1.0
+    )
+    assert half.dtype == np.float32
 
 
 def test_fused_blocks_are_gated_as_a_whole():
@@ -227,11 +377,13 @@ def test_top_k_keeps_exactly_k_and_ties_go_to_the_lower_index():
     np.testing.assert_array_equal(gates.top_k(scores, 2)[..., 0], [[1, 1, 0, 0, 0]] * 2)
     np.testing.assert_array_equal(gates.top_k(scores, 4)[0, :, 0], [1, 1, 1, 1, 0])
     assert gates.top_k(scores.astype(np.float32), 2).dtype == np.float32
+    np.testing.assert_array_equal(np.flatnonzero(gates.top_k(np.zeros(99), 40)), np.arange(40))
 
 
 def test_threshold_is_open_at_its_value():
     kept = gates.threshold(np.array([0.4, 0.5, 0.6, np.nan]), 0.5)
     np.testing.assert_array_equal(kept[:, 0], [0, 1, 1, 0])
+    assert not gates.threshold(np.ones(3, np.float16), 70_000.0).any()
 
 
 def test_block_top_k_chooses_by_mean_key():
@@ -247,6 +399,8 @@ def test_block_top_k_chooses_by_mean_key():
             best = sorted(range(3), key=lambda c: -(a[at][i] @ means[c]))[:2]
             wanted = [j // 4 in best for j in range(10)]
             np.testing.assert_array_equal(dense[i], wanted)
+    assert gates.block_top_k(a, b, block=10**30, top=1)[0].toarray().all()
+    assert gates.block_top_k(a[:, :, :0], b, block=4, top=1)[0].shape == (0, 10)
     flat = gates.block_top_k(np.zeros((2, 1)), np.ones((6, 1)), block=2, top=1)[0].toarray()
     assert flat[:, :2].all() and not flat[:, 2:].any()  # ties go to the lower block
     y = refattn.sparse_attention(a[0, 0], b[0], b[0], mask=chosen[0])
@@ -269,6 +423,7 @@ ones = np.ones((4, 3))
         (lambda: gates.top_k(ones, -1), ValueError, ["k is -1"]),
         (lambda: gates.block_top_k(ones, ones, block=0, top=1), ValueError, ["block is 0"]),
         (lambda: gates.block_top_k(ones, ones, block=2, top=3), ValueError, ["top is 3", "1 to 2"]),
+        (lambda: gates.block_top_k(ones, ones[:0], block=1, top=1), ValueError, ["0 rows"]),
         (lambda: gates.block_top_k(ones, ones[:, :2], block=2, top=1), ValueError, ["columns"]),
     ],
 )

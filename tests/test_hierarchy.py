@@ -548,3 +548,20 @@ def test_the_output_of_a_fusion_fixes_the_shape_of_dy():
         block_vjp(w, x, x, w, block=2, fuse="sum")
     with refused(ValueError, "dy has shape", r"\(2, 2\)", r"\(4, 2\)"):
         block_vjp(w[:2], x, x, w, block=2)
+
+
+def test_parts_whose_scores_are_all_minus_infinity():
+    """Finite float32 that overflows: as softmax attention, no gradient and no warning."""
+    q, k = np.full((2, 1), 1e20, np.float32), np.full((4, 1), -1e20, np.float32)
+    v = np.ones((4, 1), np.float32)
+    for options in ({"block": 2, "fuse": "exact"}, {"block": 4}):
+        inputs = (q, k, v) if "fuse" in options else (np.repeat(q, 2, axis=0), k, v)
+        y = refattn.block_attention(*inputs, **options)
+        grads = refattn.block_attention_vjp(np.ones_like(y), *inputs, **options)
+        assert not y.any() and not any(g.any() for g in grads)
+    k[:2] = 1.0
+    v[2] = np.nan  # in a part that counts for nothing
+    k[2:] = -np.inf
+    y = refattn.block_attention(q, k, v, block=2, fuse="exact")
+    dq, dk, dv = refattn.block_attention_vjp(np.ones_like(y), q, k, v, block=2, fuse="exact")
+    assert (y == 1).all() and np.isfinite(dk[:2]).all() and np.isfinite(dv[:2]).all()

@@ -102,7 +102,7 @@ def imports(path):
 def test_a_formula_imports_numpy_scipy_and_formulas(path):
     for name in imports(path):
         top, *rest = name.split(".")
-        assert top in ("numpy", "scipy", "refattn", "functools", "sys"), name
+        assert top in ("numpy", "scipy", "refattn", "functools", "inspect", "sys"), name
         assert not {"cpu", "cuda", "verify"} & set(rest), name
 
 

@@ -117,6 +117,34 @@ def test_taylor_features_give_the_start_of_the_exponential():
     assert phi.query(q).shape[-1] == phi.width(5) == 21
 
 
+def test_the_slope_of_relu_at_zero_is_zero():
+    phi = FEATURE_MAPS["relu"]
+    np.testing.assert_array_equal(
+        phi.query_vjp(np.ones(3), np.array([-1.0, 0.0, 2.0])), [0.0, 0.0, 1.0]
+    )
+
+
+def test_no_columns_of_values():
+    for name in ("linear_attention", "linear_attention_chunked"):
+        for causal in (False, True):
+            y = getattr(refattn, name)(q, k, v[..., :0], causal=causal)
+            assert y.shape == (2, 23, 0)
+            grads = getattr(refattn, f"{name}_vjp")(y, q, k, v[..., :0], causal=causal)
+            assert [g.shape for g in grads] == [q.shape, k.shape, (2, 23, 0)]
+
+
+def test_bytes_and_workspace_by_hand():
+    """n = 5, m = 4, d = r = 3, e = 2: 45 numbers in and out, 27 features, a state of 9."""
+    cost = refattn.linear_attention_cost
+    assert cost(5, 4, 3, 2).bytes == 4 * 45
+    assert cost(5, 4, 3, 2).workspace == 4 * (27 + 9)
+    assert cost(5, 4, 3, 2, initial_state=True, return_state=True).bytes == 4 * (45 + 18)
+    assert cost(5, 4, 3, 2, return_state=True, itemsize=2).bytes == 2 * 45 + 4 * 9
+    assert cost(5, 4, 3, 2, key_mask=3).bytes == 4 * 45 + 4
+    chunked = refattn.linear_attention_chunked_cost(5, 5, 3, 2, chunk=64)
+    assert chunked.workspace == 4 * (30 + 9 + 25)
+
+
 def test_the_softmax_pair_needs_no_normaliser():
     """Each query's features sum to one, and so do each feature's keys."""
     y = refattn.linear_attention(q, k, v, feature_map="softmax")

@@ -116,6 +116,15 @@ def test_norms_are_independent_and_chi_distributed():
     assert abs(paired) < 4 / math.sqrt(20_000)
 
 
+def test_omega_is_rounded_to_the_dtype_of_q():
+    rng = np.random.default_rng(12)
+    q, k, v = rng.standard_normal((3, 6, 4)).astype(np.float16)
+    omega = refattn.random_features(8, 4, rng=rng)
+    y = refattn.performer_attention(q, k, v, omega=omega)
+    z = refattn.performer_attention(q, k, v, omega=omega.astype(np.float16))
+    np.testing.assert_array_equal(y, z)
+
+
 def test_the_same_seed_gives_the_same_directions():
     one, two = (refattn.random_features(5, 3, rng=9) for _ in range(2))
     np.testing.assert_array_equal(one, two)
@@ -158,6 +167,22 @@ def test_far_from_the_origin(kind, causal):
         assert all(np.isfinite(g).all() for g in grads)
     if causal:
         np.testing.assert_allclose(out[0], v[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["positive", "hyperbolic"])
+def test_hidden_keys_take_no_part_in_the_maximum(kind, causal):
+    """A hidden key near the origin would win the maximum and make all far ones underflow."""
+    rng = np.random.default_rng(11)
+    q, k, v = 40 * rng.standard_normal((3, 6, 4))
+    seen = np.array([0, 1, 1, 0, 1, 1], bool)
+    k[~seen] = 1e200  # nor is it looked at
+    options = {"omega": refattn.random_features(16, 4, rng=rng), "kind": kind}
+    y = refattn.performer_attention(q, k, v, key_mask=seen, causal=causal, **options)
+    for i in range(6):
+        keys = seen & (np.arange(6) <= (i if causal else 6))
+        one = refattn.performer_attention(q[i : i + 1], k[keys], v[keys], **options)
+        np.testing.assert_allclose(y[i : i + 1], one, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("factor", [1e5, 1e-5, np.nan])
@@ -214,6 +239,7 @@ ones, omega = np.ones((4, 3)), np.ones((2, 3))
         ({"omega": omega[:0]}, ValueError, [r"omega has shape \(0, 3\)", "num_features >= 1"]),
         ({"omega": omega[0]}, ValueError, [r"omega has shape \(3,\)"]),
         ({"omega": omega.astype(int)}, TypeError, ["omega has dtype int64"]),
+        ({"omega": 1e300 * omega.astype(np.longdouble)}, TypeError, ["omega has dtype"]),
         ({"omega": omega, "kind": "cosine"}, ValueError, ["kind is 'cosine'", "'positive'"]),
         ({"omega": omega, "scale": 0.0}, ValueError, ["scale is 0.0", "> 0"]),
         ({"omega": omega, "scale": -1.0}, ValueError, ["scale is -1.0"]),

@@ -1,5 +1,6 @@
 """Gated attention (12.3.4): G(Q, K, V) times attention, closed rows not computed at all."""
 
+import inspect
 import sys
 
 import numpy as np
@@ -52,8 +53,8 @@ def gated_attention(q, k, v, *, gate, attention=softmax_attention, **options):
     Notes
     -----
     Cost: that of the open rows, and e multiplications for each of them
-    (``gated_attention_cost``). A gate of ones gives the ungated answer bit for bit. Where the
-    heads' gates differ, heads are computed one by one.
+    (``gated_attention_cost``). A gate of ones gives the ungated answer bit for bit. Where rows are
+    closed, heads are computed one by one, unless they share one gate.
 
     Error: that of ``attention``, times the gate.
 
@@ -70,7 +71,7 @@ def gated_attention(q, k, v, *, gate, attention=softmax_attention, **options):
     >>> gated_attention(x, x, v, gate=np.array([[0.0], [0.5], [1.0]]), causal=True).T
     array([[0. , 1.5, 5. ]])
     """
-    heads, gate, whole, dtype = _prepare(q, k, v, gate, attention, options)
+    heads, gate, _, whole, dtype = _prepare(q, k, v, gate, attention, options)
     if whole is not None:
         return (gate * whole).astype(dtype, copy=False)
     y = np.zeros((*heads.lead, heads.n, heads.v.shape[-1]), heads.v.dtype)
@@ -97,7 +98,7 @@ def gated_attention_vjp(
         Gradient of a scalar with respect to y.
     attention_vjp : callable, optional
         The gradient of a foreign ``attention``, called as ``attention_vjp(dy, q, k, v,
-        **options)``; refattn's own are found.
+        **options)``; refattn's own are found. What it returns after dv follows the gate's.
     q, k, v, gate, attention, options, backend
         As in the forward. For a callable gate the gradient is that of its value: hand it on
         through the gate's own gradient, such as ``gates.sigmoid_vjp``.
@@ -122,15 +123,23 @@ def gated_attention_vjp(
     >>> dgate.T
     array([[0., 3.]])
     """
-    shape = np.shape(gate(q, k, v) if callable(gate) else gate)
-    heads, gate, whole, dtype = _prepare(q, k, v, gate, attention, options)
-    vjp = attention_vjp or gradient_of(attention)
+    heads, gate, shape, whole, dtype = _prepare(q, k, v, gate, attention, options)
+    ours = gradient_of(attention)
+    if (ours is None) == (attention_vjp is None):
+        raise ValueError(
+            "a foreign attention's gradient needs attention_vjp"
+            if ours is None
+            else "attention_vjp came, but refattn's own attentions bring their gradient"
+        )
+    if ours is None:
+        dy = checks.cotangent("dy", dy, whole.shape, dtype)
+        dq, dk, dv, *rest = attention_vjp(gate * dy, *heads.inputs(()), **heads.options)
+        grads = dq, dk, dv, sum_to_shape(dy * whole, shape)
+        return *(np.asarray(g).astype(dtype, copy=False) for g in grads), *rest
     names = gradient_names(options)
     if whole is not None:
-        if vjp is None:
-            raise ValueError("a foreign attention's gradient needs attention_vjp")
         dy = checks.cotangent("dy", dy, whole.shape, dtype)
-        dq, dk, dv, *rest = vjp(gate * dy, *heads.inputs(()), **heads.options)
+        dq, dk, dv, *rest = ours(gate * dy, *heads.inputs(()), **heads.options)
         found = dict(zip(names, rest, strict=True)) | {"gate": sum_to_shape(dy * whole, shape)}
         return _in_order(dq, dk, dv, found, dtype)
     dy = checks.cotangent("dy", dy, (*heads.lead, heads.n, heads.v.shape[-1]), dtype)
@@ -191,14 +200,17 @@ def gated_attention_cost(
     True
     """
     n, m, d, e = checks.sizes(n, m, d, e)
-    name = attention.__name__
+    name = getattr(attention, "__name__", attention)
+    own_cost = companion(attention, "cost")
+    if own_cost is None:
+        raise ValueError(f"attention is {name!r}; expected one of refattn's, which can be costed")
+    if checks.whole("gate_width", gate_width, least=1) not in (1, e):
+        raise ValueError(f"gate_width is {gate_width}; expected 1 or e = {e}")
     if np.ndim(open_rows):
-        rows = np.array(open_rows, int)
-        count = checks.whole("the number of open_rows", len(rows), least=0, most=n)
+        rows = _positions(open_rows, n)
     else:
-        count = checks.whole("open_rows", open_rows, least=0, most=n)
-        rows = np.arange(count)
-        if name in ROW_COSTS and _needs_positions(name, sizes):
+        rows = np.arange(checks.whole("open_rows", open_rows, least=0, most=n))
+        if len(rows) < n and _position_matters(name, sizes):
             raise ValueError(
                 f"open_rows is {open_rows}; a row of {name} with these options costs what its "
                 "position says: give the positions"
@@ -206,14 +218,29 @@ def gated_attention_cost(
     if name in ROW_COSTS:
         inner = ROW_COSTS[name](rows, n, m, d, e, itemsize=itemsize, **sizes)
     else:
-        inner = companion(attention, "cost")(count, m, d, e, itemsize=itemsize, **sizes)
-    moved = inner.bytes + itemsize * ((n - count) * e + n * gate_width)
-    return Cost(inner.flops + count * e, moved, inner.workspace)
+        inner = own_cost(len(rows), m, d, e, itemsize=itemsize, **sizes)
+    moved = inner.bytes + itemsize * ((n - len(rows)) * e + n * gate_width)
+    return Cost(inner.flops + len(rows) * e, moved, inner.workspace)
 
 
-def _needs_positions(name, sizes):
-    full = name == softmax_attention.__name__ and not sizes.get("causal")
-    return not full and sizes.get("nnz") is None
+def _positions(open_rows, n):
+    """Open rows as sorted, different positions."""
+    rows = np.asarray(open_rows)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise TypeError(f"open_rows is {open_rows!r}; expected a number or a list of positions")
+    if len(rows) and (rows[0] < 0 or rows[-1] >= n or (np.diff(rows) < 1).any()):
+        raise ValueError(f"open_rows is {open_rows!r}; expected rising positions from 0 to {n - 1}")
+    return rows
+
+
+def _position_matters(name, sizes):
+    """Whether a row's work depends on where it stands."""
+    if name in ("local_attention", "two_level_attention"):
+        return True
+    if name == "block_attention":
+        return sizes.get("fuse", "concat") == "concat"
+    causal = sizes.get("causal", name == "linear_attention_chunked")
+    return bool(causal) and sizes.get("nnz") is None
 
 
 def companion(attention, suffix):
@@ -239,7 +266,7 @@ def _opened(gate):
 
 
 def _prepare(q, k, v, gate, attention, options):
-    """Inputs, the gate in the dtype of the arithmetic, and y in full where rows cannot be left out.
+    """Inputs, the gate, the shape it came in, and y in full where rows cannot be left out.
 
     y is in full where the attention is foreign or not row by row, and where every row is open.
     """
@@ -248,10 +275,11 @@ def _prepare(q, k, v, gate, attention, options):
             raise ValueError(f"{name}=True came; a gated attention returns y alone")
     if not callable(attention):
         raise TypeError(f"attention is {attention!r}; expected a function of q, k, v")
+    inspect.signature(attention).bind(q, k, v, **options)  # unknown options: TypeError
     came = q, k, v
     q, k, v, dtype = checks.qkv(q, k, v)
-    gate = checks.floating("gate", gate(*came) if callable(gate) else gate)
-    gate = gate.astype(dtype, copy=False).astype(q.dtype, copy=False)
+    gate = checks.real_option("gate", gate(*came) if callable(gate) else gate, dtype, q.dtype)
+    shape = gate.shape
     ours = companion(attention, "vjp") is not None
     heads = Heads(q, k, v, rounded_options(options, dtype) if ours else options)
     form = None
@@ -261,11 +289,11 @@ def _prepare(q, k, v, gate, attention, options):
         checks.fits("gate", gate, (*heads.lead, heads.n, v.shape[-1]))
         gate = np.broadcast_to(gate, np.broadcast_shapes(gate.shape, (heads.n, 1)))
         if not _opened(gate).all():
-            return heads, gate, None, dtype
+            return heads, gate, shape, None, dtype
     whole = np.asarray(attention(*((q, k, v) if ours else came), **heads.options))
     whole = whole.astype(q.dtype, copy=False)
     checks.fits("gate", gate, whole.shape)
-    return heads, gate, whole, dtype
+    return heads, gate, shape, whole, dtype
 
 
 def _in_order(dq, dk, dv, found, dtype):

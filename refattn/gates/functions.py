@@ -72,8 +72,9 @@ def sigmoid_vjp(dg, x, w, b):
     g = scipy.special.expit(x @ w + b)
     # g = sigmoid(t), t = x @ w + b
     dt = dg * g * (1 - g)
-    dw = x.reshape(-1, x.shape[-1]).T @ dt.reshape(-1, w.shape[1])
-    grads = dt @ w.T, dw, dt.reshape(-1, w.shape[1]).sum(axis=0)
+    rows = int(np.prod(x.shape[:-1]))
+    x, flat = x.reshape(rows, x.shape[-1]), dt.reshape(rows, w.shape[1])
+    grads = dt @ w.T, x.T @ flat, flat.sum(axis=0)
     return tuple(grad.astype(dtype, copy=False) for grad in grads)
 
 
@@ -101,7 +102,8 @@ def threshold(scores, at):
     array([[0., 1., 1.]])
     """
     scores = _scores(scores)
-    return (scores >= checks.number("at", at)).astype(scores.dtype)[..., None]
+    wide = scores.astype(checks.compute_dtype(scores.dtype), copy=False)
+    return (wide >= checks.number("at", at)).astype(scores.dtype)[..., None]
 
 
 def top_k(scores, k):
@@ -179,13 +181,16 @@ def block_top_k(q, k, *, block, top):
     """
     q, k, _, _ = checks.qkv(q, k, k)
     n, m = q.shape[-2], k.shape[-2]
-    block = checks.whole("block", block, least=1)
+    if m < 1:
+        raise ValueError("k has 0 rows; expected at least one key to choose from")
+    block = min(checks.whole("block", block, least=1), m)
     starts = np.arange(0, m, block)
     top = checks.whole("top", top, least=1, most=len(starts))
     sizes = np.minimum(block, m - starts)
     pooled = np.add.reduceat(k, starts, axis=-2) / sizes[:, None]  # (..., blocks, d)
     chosen = _largest(q @ pooled.mT, top)  # (..., n, blocks)
-    seen = np.repeat(chosen, sizes, axis=-1).reshape(-1, n, m)
+    heads = int(np.prod(chosen.shape[:-2]))
+    seen = np.repeat(chosen, sizes, axis=-1).reshape(heads, n, m)
     return [scipy.sparse.csr_array(one) for one in seen]
 
 
@@ -213,5 +218,5 @@ def _sigmoid_inputs(x, w, b):
     if b.shape != w.shape[1:]:
         raise ValueError(f"b has shape {b.shape}; expected {w.shape[1:]}, as w has columns")
     dtype, compute = x.dtype, checks.compute_dtype(x.dtype)
-    rounded = (a.astype(dtype, copy=False).astype(compute, copy=False) for a in (x, w, b))
-    return *rounded, dtype
+    w, b = (checks.real_option(name, a, dtype, compute) for name, a in (("w", w), ("b", b)))
+    return x.astype(compute, copy=False), w, b, dtype

@@ -18,7 +18,7 @@ def rounded_options(options, dtype):
     result = dict(options)
     for name in ROUNDED:
         if dtype != compute and result.get(name) is not None:
-            result[name] = checks.floating(name, result[name]).astype(dtype).astype(compute)
+            result[name] = checks.real_option(name, result[name], dtype, compute)
     return result
 
 
@@ -36,16 +36,17 @@ class Heads:
         self.n, self.m = q.shape[-2], k.shape[-2]
 
     def open_rows(self, gate):
-        """(index, open rows), head by head."""
+        """(index, open rows), head by head; heads without any are left out."""
         opened = np.broadcast_to((gate != 0).any(axis=-1), (*self.lead, self.n))
         for at in np.ndindex(self.lead):
-            yield at, np.flatnonzero(opened[at])
+            if opened[at].any():
+                yield at, np.flatnonzero(opened[at])
 
     def together(self, gate):
         """The same, at once for all heads where they have one gate."""
         opened = (gate != 0).any(axis=-1)  # (..., n)
         if opened.size == self.n:
-            return [((), np.flatnonzero(opened))]
+            return [((), np.flatnonzero(opened))] if opened.any() else []
         return self.open_rows(gate)
 
     def inputs(self, at):
@@ -82,7 +83,7 @@ class Heads:
             value = self.options[name]
             if name == "bias":
                 grads[name] = np.zeros((*self.lead, self.n, self.m), self.q.dtype)
-            elif isinstance(value, tuple):
+            elif isinstance(CORE[name], tuple):
                 grads[name] = tuple(
                     self._place(p, c) for p, c in zip(value, CORE[name], strict=True)
                 )
@@ -112,7 +113,7 @@ class Heads:
         found = {}
         for name in gradient_names(self.options):
             value = self.options[name]
-            if isinstance(value, tuple):
+            if isinstance(CORE[name], tuple):
                 pairs = zip(grads[name], value, strict=True)
                 found[name] = tuple(sum_to_shape(g, np.shape(part)) for g, part in pairs)
             else:

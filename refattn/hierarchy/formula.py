@@ -8,11 +8,15 @@ import numpy as np
 
 from refattn import checks, masks
 from refattn.arrays import sum_to_shape
-from refattn.cost import Cost, softmax_flops, working_size
+from refattn.cost import Cost, qkvy_bytes, softmax_flops, working_size
 from refattn.dispatch import backends, rows_of
 from refattn.hierarchy.merged import merged, merged_vjp, spans
 from refattn.softmax.formula import softmax_attention, softmax_attention_vjp
-from refattn.sparse.formula import sparse_attention, sparse_attention_vjp
+from refattn.sparse.formula import (
+    sparse_attention,
+    sparse_attention_cost,
+    sparse_attention_vjp,
+)
 
 FUSES = ("concat", "sum", "mean", "max", "weighted", "exact")
 
@@ -245,7 +249,20 @@ def block_attention_cost(n, m, d, e, *, block, fuse="concat", weights=None, scal
     return Cost(flops, moved, working * min(block, n) * (min(block, n) + e))
 
 
-@rows_of(block_attention)
+def _cost_of_rows(rows, n, m, d, e, *, block, fuse="concat", weights=None, **sizes):
+    block = _sizes(n, m, block, fuse)
+    if fuse == "exact":
+        return block_attention_cost(len(rows), m, d, e, block=block, fuse=fuse, **sizes)
+    if fuse != "concat":
+        raise ValueError(f"fuse={fuse!r} is not computed row by row: use block_attention_cost")
+    start = np.asarray(rows, int) // block * block
+    pairs = int((np.minimum(n, start + block) - start).sum())
+    itemsize = sizes.get("itemsize", 4)
+    inner = sparse_attention_cost(len(rows), m, d, e, nnz=pairs, itemsize=itemsize)
+    return Cost(inner.flops, qkvy_bytes(len(rows), m, d, e, itemsize), inner.workspace)
+
+
+@rows_of(block_attention, cost=_cost_of_rows)
 def _rows(rows, n, m, *, block, fuse="concat", weights=None, scale=None):
     """A block-diagonal mask for "concat"; "exact" takes any queries; the others mix rows."""
     block = _sizes(n, m, block, fuse)

@@ -30,7 +30,9 @@ def merged_vjp(dy, q, k, v, block, scale):
         inputs = q, k[..., keys, :], v[..., keys, :]
         a, lse_i = softmax_attention(*inputs, scale=scale, return_lse=True)
         # y = sum_i w_i a_i, w_i = exp(lse_i - lse)
-        w = np.where(lse_i == -np.inf, 0, np.exp(lse_i - lse))  # (..., n)
+        empty = lse_i == -np.inf
+        w = np.where(empty, 0, np.exp(np.where(empty, 0, lse_i - np.where(empty, 0, lse))))
+        a = np.where(empty[..., None], 0, a)
         da, dlse_i = w[..., None] * dy, w * (dy * (a - y)).sum(axis=-1)
         part = softmax_attention_vjp(da, *inputs, scale=scale, dlse=dlse_i)
         dq += part[0]

@@ -61,8 +61,9 @@ def two_level_attention(q, k, v, *, block, pool="mean", scale=None):
     |k|. Tested against 40 digits in tests/test_formulas.py.
 
     Against softmax attention it is exact with one block, with blocks of one, and where the keys of
-    each block agree (mean-pooled values, then). Else, by Jensen, |I| exp(mean score) is at most
-    the block's true mass: far blocks weigh too little, and least where they hold one sharp match.
+    each block agree (with mean pooling). Else, by Jensen, |I| exp(mean score) is at most the
+    block's true mass: far blocks weigh too little, most of all where one key in the block matches
+    sharply.
     A maximum has no such bound, and is not linear in the values.
 
     References
@@ -166,7 +167,18 @@ def two_level_attention_cost(n, m, d, e, *, block, pool="mean", scale=None, item
     return Cost(flops, qkvy_bytes(n, m, d, e, itemsize), workspace)
 
 
-@rows_of(two_level_attention)
+def _cost_of_rows(rows, n, m, d, e, *, block, pool="mean", scale=None, itemsize=4):
+    """All summaries are made; each open row meets its own block and the others' summaries."""
+    whole = two_level_attention_cost(n, m, d, e, block=block, pool=pool, itemsize=itemsize)
+    closed = np.setdiff1d(np.arange(n), rows)
+    start = closed // block * block
+    far = len(closed) * max(0, -(-n // block) - 1)
+    pairs = int((np.minimum(n, start + block) - start).sum()) + far
+    moved = qkvy_bytes(len(rows), m, d, e, itemsize)
+    return Cost(whole.flops - softmax_flops(pairs, d, e) - far, moved, whole.workspace)
+
+
+@rows_of(two_level_attention, cost=_cost_of_rows)
 def _rows(rows, n, m, *, block, pool="mean", scale=None):
     """Queries are independent of each other, but each must know its block."""
     block = _sizes(n, m, block, pool)

@@ -18,11 +18,18 @@ from refattn.linear.formula import (
     linear_attention_vjp,
     some_rows,
 )
-from refattn.linear.inputs import cotangents, features_of, of_every_head, prepare, pull_back
+from refattn.linear.inputs import (
+    cost_up_to_last,
+    cotangents,
+    features_of,
+    of_every_head,
+    prepare,
+    pull_back,
+)
 
 
 @backends
-@np.errstate(invalid="ignore")
+@np.errstate(invalid="ignore", over="ignore")
 def linear_attention_chunked(
     q,
     k,
@@ -69,7 +76,7 @@ def linear_attention_chunked(
 
     References
     ----------
-    Hua et al. 2022, arXiv:2202.10447, section 3.3; Yang et al. 2023, arXiv:2312.06635, section 3.
+    Hua et al. 2022, arXiv:2202.10447, section 3; Yang et al. 2023, arXiv:2312.06635, section 2.2.
 
     Examples
     --------
@@ -99,7 +106,7 @@ def linear_attention_chunked(
 
 
 @backends
-@np.errstate(invalid="ignore")
+@np.errstate(invalid="ignore", over="ignore")
 def linear_attention_chunked_vjp(
     dy,
     q,
@@ -188,10 +195,10 @@ def linear_attention_chunked_cost(
 
     Examples
     --------
-    A chunk of one position is the recurrence, and one addition more for num and den each:
+    The pairs inside a chunk cost more the longer it is:
 
-    >>> one, all = (linear_attention_chunked_cost(8, 8, 4, 4, chunk=c).flops for c in (1, 8))
-    >>> one < all
+    >>> short, long = (linear_attention_chunked_cost(8, 8, 4, 4, chunk=c).flops for c in (1, 8))
+    >>> short < long
     True
     """
     options = {"feature_map": feature_map, "r": r, "key_mask": key_mask, "itemsize": itemsize}
@@ -209,11 +216,18 @@ def linear_attention_chunked_cost(
     return Cost(rest.flops + flops, rest.bytes, workspace)
 
 
-rows_of(linear_attention_chunked)(
-    lambda rows, n, m, *, causal=True, chunk=64, **options: some_rows(
-        rows, n, m, causal=causal, **options
-    )
-)
+def _cost_of_rows(rows, n, m, d, e, *, causal=True, chunk=64, **sizes):
+    if len(rows) == n:
+        return linear_attention_chunked_cost(n, m, d, e, causal=causal, chunk=chunk, **sizes)
+    by_steps = cost_up_to_last(linear_attention_cost)
+    return by_steps(rows, n, m, d, e, causal=causal, **sizes)
+
+
+@rows_of(linear_attention_chunked, cost=_cost_of_rows)
+def _some_rows(rows, n, m, *, causal=True, chunk=64, **options):
+    """Scattered rows go by the recurrence."""
+    checks.whole("chunk", chunk, least=1)
+    return some_rows(rows, n, m, causal=causal, **options)
 
 
 def _sizes(n, chunk):
@@ -246,7 +260,7 @@ def _chunked_vjp(dy, phi_q, phi_k, v, state, normalize, dstate, chunk):
     lead = dy.shape[:-2]
     dphi_q, dphi_k = (np.zeros((*lead, *x.shape[-2:]), v.dtype) for x in (phi_q, phi_k))
     dv, dnum = (np.zeros((*lead, *x.shape[-2:]), v.dtype) for x in (v, dy))
-    dden = np.zeros_like(dnum[..., :1])
+    dden = np.zeros((*dnum.shape[:-1], 1), v.dtype)
     for c, past in _chunks(v.shape[-2], chunk):
         f, g, x = phi_q[..., c, :], phi_k[..., c, :], v[..., c, :]
         num, den, a = _inside(f, g, x, past, S, z)

@@ -61,7 +61,8 @@ def causal_vjp(dy, phi_q, phi_k, v, state, normalize, dstate, decay=None, rows=N
     S, z = state
     lead = np.broadcast_shapes(dy.shape[:-2], S.shape[:-2], phi_k.shape[:-2], v.shape[:-2])
     dphi_q = np.zeros((*lead, *phi_q.shape[-2:]), v.dtype)
-    dnum, dden = np.zeros((*lead, *dy.shape[-2:]), v.dtype), np.zeros_like(dphi_q[..., :1])
+    dnum = np.zeros((*lead, *dy.shape[-2:]), v.dtype)
+    dden = np.zeros((*dnum.shape[:-1], 1), v.dtype)
     for i, at in _positions(v.shape[-2], rows):
         S, z = _advance(S, z, phi_k, v, decay, i)
         if at is not None:
@@ -108,7 +109,7 @@ def _advance(S, z, phi_k, v, decay, i):
 def quotient_vjp(dy, num, den, normalize):
     """dnum and dden of y = num / den; 0 where den is 0; dden 0 if there is no division."""
     if not normalize:
-        return dy, np.zeros_like(dy[..., :1])
+        return dy, np.zeros((*dy.shape[:-1], 1), dy.dtype)
     dnum = divide(dy, den)
     return dnum, -(dnum * divide(num, den)).sum(axis=-1, keepdims=True)
 

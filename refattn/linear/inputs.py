@@ -22,11 +22,8 @@ def prepare(q, k, v, feature_map, causal, key_mask, initial_state, rows=None):
     n, m, lead = q.shape[-2], k.shape[-2], checks.lead(q, k, v)
     feature_map = feature_map_of(feature_map)
     if checks.flag("causal", causal):
-        if rows is None and n != m:
-            raise ValueError(
-                f"causal linear attention came with n = {n}, m = {m}; it needs n = m "
-                "(hand the past over as initial_state)"
-            )
+        if rows is None:
+            checks.square("causal linear attention (the past is an initial_state)", n, m)
         if not feature_map.causal:
             raise ValueError(
                 "this feature map's keys depend on all positions, so a causal form would see the "
@@ -48,6 +45,54 @@ def prepare(q, k, v, feature_map, causal, key_mask, initial_state, rows=None):
     shapes = (*lead, phi_q.shape[-1], v.shape[-1]), (*lead, phi_q.shape[-1])
     state = checks.state("initial_state", initial_state, shapes, q.dtype)
     return q, k, v, dtype, feature_map, seen, phi_q, phi_k, state
+
+
+def keys_taken(rows):
+    """How many keys the queries at these sorted positions can see, in a causal form."""
+    return int(rows[-1]) + 1 if len(rows) else 0
+
+
+def cost_up_to_last(cost):
+    """The cost of some rows: a causal form takes no key after the last of them."""
+
+    def of_rows(rows, n, m, d, e, *, causal=False, key_mask=None, **sizes):
+        if checks.flag("causal", causal):
+            if key_mask is not None and keys_taken(rows) < m:
+                raise ValueError(
+                    f"key_mask is a number, but only the first {keys_taken(rows)} keys are taken: "
+                    f"give m = {keys_taken(rows)} and the visible ones among them"
+                )
+            m = keys_taken(rows)
+        return cost(len(rows), m, d, e, causal=causal, key_mask=key_mask, **sizes)
+
+    return of_rows
+
+
+def up_to_last(rows, m, forward, vjp):
+    """``forward`` and ``vjp`` without the keys after the last of the rows, which nobody sees."""
+    stop = keys_taken(rows)
+
+    def cut(k, v, options):
+        mask = options.get("key_mask")
+        if mask is not None:
+            mask = checks.key_mask(mask, (*np.shape(mask)[:-1], m))[..., :stop]
+            options = {**options, "key_mask": mask}
+        return k[..., :stop, :], v[..., :stop, :], options
+
+    def padded(g):
+        rest = np.zeros((*g.shape[:-2], m - stop, g.shape[-1]), g.dtype)
+        return np.concatenate([g, rest], axis=-2)
+
+    def forward_of_rows(q, k, v, **options):
+        k, v, options = cut(k, v, options)
+        return forward(q, k, v, **options)
+
+    def vjp_of_rows(dy, q, k, v, **options):
+        k, v, options = cut(k, v, options)
+        dq, dk, dv, *rest = vjp(dy, q, k, v, **options)
+        return dq, padded(dk), padded(dv), *rest
+
+    return forward_of_rows, vjp_of_rows
 
 
 def of_every_head(state, lead):

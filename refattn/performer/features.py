@@ -1,4 +1,4 @@
-"""Random features: functions phi with E[phi(x) . phi(y)] = exp(x . y), after Performer's lemma 1.
+"""Random features: functions phi with E[phi(x) . phi(y)] = exp(x . y), as Performer uses them.
 
 A feature is a factor times the exponential of an exponent. The public functions multiply the two
 out; the attention keeps them apart, so that it can shift all exponents before it takes any.
@@ -153,7 +153,7 @@ def trig_features(x, omega):
     References
     ----------
     Rahimi & Recht 2007, "Random features for large-scale kernel machines"; Choromanski et al.
-    2020, arXiv:2009.14794, section 2.2.
+    2020, arXiv:2009.14794, section 2.3.
 
     Examples
     --------
@@ -175,12 +175,12 @@ def _features(x, omega, kind):
 
 def directions(omega, d, dtype):
     """omega (num_features, d), rounded to the inputs' dtype and held in that of the arithmetic."""
-    omega = checks.floating("omega", omega)
+    omega = checks.real_option("omega", omega, dtype, checks.compute_dtype(dtype))
     if omega.ndim != 2 or omega.shape[1] != d or len(omega) < 1:
         raise ValueError(
             f"omega has shape {omega.shape}; expected (num_features, {d}), num_features >= 1"
         )
-    return omega.astype(dtype, copy=False).astype(checks.compute_dtype(dtype), copy=False)
+    return omega
 
 
 # The two parts of each kind's features, without the constant that cancels in attention.

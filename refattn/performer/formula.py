@@ -7,11 +7,12 @@ from refattn.arrays import sum_to_shape
 from refattn.cost import Cost, qkvy_bytes, working_size
 from refattn.dispatch import backends, rows_of
 from refattn.linear import core
+from refattn.linear.inputs import cost_up_to_last, up_to_last
 from refattn.performer.features import PARTS, PARTS_VJP, directions
 
 
 @backends
-@np.errstate(invalid="ignore")
+@np.errstate(invalid="ignore", over="ignore")
 def performer_attention(
     q, k, v, *, omega, kind="positive", causal=False, key_mask=None, scale=None
 ):
@@ -60,14 +61,15 @@ def performer_attention(
 
     Exponents are shifted before exp is taken: for each feature by its maximum over the keys, for
     each query by its maximum over the features. Shifts cancel between numerator and denominator;
-    with them one term of each denominator is exactly 1 (positive and hyperbolic), so nothing
-    overflows and no maximum underflows. Causal: the maximum runs along with the positions, so a
-    later key, however large, changes nothing before it.
+    with them one term of each denominator is exactly 1 (positive and hyperbolic), so while |x|^2
+    itself is finite nothing overflows and no maximum underflows. Causal: the maximum runs along
+    with the positions, so a later key, however large, changes nothing before it.
 
-    Error: of the arithmetic, that of linear attention with exponents of size
-    A = sqrt(scale) |omega_r . x| + scale |x|^2 / 2 known to (d + 3) eps A (tests/test_formulas.py,
-    against 40 digits). Of the estimate: variance by ``kernel_variance``, which grows as
-    exp(scale |q + k|^2): large norms need very many features.
+    Error: of the arithmetic, within eps * (2 (d + 4) A + m + 4 M + 16) * c (1 + c) * max|v|, where
+    A = 1 + the largest exponents, |omega_r| . |x| + |x|^2 / 2, of a query and of a key together,
+    and c is 1, or for trig the condition of the denominator, as in ``linear_attention``
+    (tests/test_formulas.py, against 40 digits). Of the estimate: variance by ``kernel_variance``,
+    which grows as exp(scale |q + k|^2): large norms need very many features.
 
     References
     ----------
@@ -88,7 +90,7 @@ def performer_attention(
 
 
 @backends
-@np.errstate(invalid="ignore")
+@np.errstate(invalid="ignore", over="ignore")
 def performer_attention_vjp(
     dy, q, k, v, *, omega, kind="positive", causal=False, key_mask=None, scale=None
 ):
@@ -194,10 +196,11 @@ def performer_attention_cost(
     return Cost(flops, moved, working_size(itemsize) * ((n + m) * r + r * e + r))
 
 
-@rows_of(performer_attention)
+@rows_of(performer_attention, cost=cost_up_to_last(performer_attention_cost))
 def _some_rows(rows, n, m, *, causal=False, **options):
-    if not causal:  # queries do not depend on each other
+    if not checks.flag("causal", causal):  # queries do not depend on each other
         return performer_attention, performer_attention_vjp, options
+    checks.square("causal Performer", n, m)
 
     def forward(q, k, v, **options):
         inputs = _prepare(q, k, v, causal=True, rows=rows, **{**_DEFAULTS, **options})
@@ -207,7 +210,7 @@ def _some_rows(rows, n, m, *, causal=False, **options):
         inputs = _prepare(q, k, v, causal=True, rows=rows, **{**_DEFAULTS, **options})
         return _backward(dy, inputs, True, (np.shape(q), np.shape(k), np.shape(v)))
 
-    return forward, vjp, options
+    return *up_to_last(rows, m, forward, vjp), options
 
 
 _DEFAULTS = {"kind": "positive", "key_mask": None, "scale": None}
@@ -222,47 +225,45 @@ def _prepare(q, k, v, omega, kind, causal, key_mask, scale, rows=None):
     scale = checks.scale(scale, q.shape[-1])
     if scale <= 0:
         raise ValueError(f"scale is {scale}; Performer needs scale > 0, it takes its square root")
-    if checks.flag("causal", causal) and rows is None and n != m:
-        raise ValueError(f"causal Performer came with n = {n}, m = {m}; it needs n = m")
+    if checks.flag("causal", causal) and rows is None:
+        checks.square("causal Performer", n, m)
     seen = None
     if key_mask is not None:
         seen = checks.key_mask(key_mask, (*lead, m))[..., None]  # (..., m, 1)
         k, v = np.where(seen, k, 0), np.where(seen, v, 0)
     x, y = scale**0.5 * q, scale**0.5 * k
-    q_factor, a = PARTS[kind](x, omega)  # (..., n, r), exponents (..., n, r or 1)
+    on_queries = PARTS[kind](x, omega)  # factors (..., n, r), exponents (..., n, r or 1)
     k_factor, b = PARTS[kind](y, omega)
     if seen is not None:
         k_factor, b = np.where(seen, k_factor, 0), np.where(seen, b, -np.inf)
+    positions = (np.arange(m) if rows is None else rows) if causal else None
+    phi_q, phi_k, decay = _shift(*on_queries, k_factor, b, positions)
+    found = {"x": x, "y": y, "v": v, "dtype": dtype, "omega": omega, "kind": kind, "scale": scale}
+    found |= {"seen": seen, "phi_q": phi_q, "phi_k": phi_k, "decay": decay, "rows": rows}
+    return found | {"lead": lead}
+
+
+def _shift(q_factor, a, k_factor, b, positions):
+    """Features of queries and keys with their exponents a and b shifted; the state's decay.
+
+    A key's exponents are lessened by ``top``, the largest of each feature: over all keys, or, where
+    ``positions`` of causal queries are given, over the keys so far; then the state must shrink
+    whenever the maximum grows. A query's exponents regain ``top`` and lose their own largest.
+    """
     decay = None
-    if causal:
-        at = np.arange(m) if rows is None else rows
-        running = np.maximum.accumulate(b, axis=-2)  # (..., m, r or 1)
-        before = np.concatenate([np.full_like(running[..., :1, :], -np.inf), running], axis=-2)
-        decay = _shifted(before[..., :-1, :], running)
-        phi_k, top = k_factor * _shifted(b, running), running[..., at, :]
-    else:
+    if positions is None:
         top = b.max(axis=-2, keepdims=True, initial=-np.inf)  # (..., 1, r or 1)
         phi_k = k_factor * _shifted(b, top)
+    else:
+        running = np.maximum.accumulate(b, axis=-2)  # (..., m, r or 1)
+        start = np.full_like(running[..., :1, :], -np.inf)
+        before = np.concatenate([start, running], axis=-2)[..., :-1, :]
+        phi_k = k_factor * _shifted(b, running)
+        decay = np.broadcast_to(_shifted(before, running), phi_k.shape)
+        top = running[..., positions, :]
     total = a + top
     largest = total.max(axis=-1, keepdims=True, initial=-np.inf)
-    phi_q = q_factor * _shifted(total, largest)
-    if decay is not None:
-        decay = np.broadcast_to(decay, (*decay.shape[:-1], phi_k.shape[-1]))
-    return {
-        "x": x,
-        "y": y,
-        "v": v,
-        "dtype": dtype,
-        "omega": omega,
-        "kind": kind,
-        "scale": scale,
-        "seen": seen,
-        "phi_q": phi_q,
-        "phi_k": phi_k,
-        "decay": decay,
-        "rows": rows,
-        "lead": lead,
-    }
+    return q_factor * _shifted(total, largest), phi_k, decay
 
 
 def _shifted(exponent, shift):

@@ -10,6 +10,7 @@ from mechanisms import performer as performer_mechanism
 from mechanisms import softmax as softmax_mechanism
 from mechanisms import sparse as sparse_mechanism
 
+LINEAR = refattn.linear_attention
 OF_LINEAR = ("linear_attention", "performer_attention")
 
 
@@ -36,7 +37,8 @@ def rows_definition(attention, n, m):
     def run(q, k, v, *, positions, causal=False, mask=None, **options):
         name = attention.__name__
         if name == "linear_attention":
-            return linear.linear_attention_recurrence(q, k, v, **options)
+            stop = positions[-1] + 1 if causal else m  # keys after the last row are not taken
+            return linear.linear_attention_recurrence(q, k[:stop], v[:stop], **options)
         if name == "local_attention":
             window = {key: options.pop(key) for key in ("window", "dilation") if key in options}
             seen = [
@@ -108,6 +110,9 @@ def unread(options, shape, itemsize):
         left += int(mask.nnz - kept) * 5 + closed * 4
     elif mask is not None:
         left += closed * shape.m
+    if options.get("attention") is LINEAR and options.get("causal"):
+        last = max(np.flatnonzero(options["gate"].any(axis=-1)), default=-1)
+        left += (shape.m - 1 - last) * (shape.d + shape.e) * itemsize
     return left
 
 
@@ -160,11 +165,6 @@ def gradient_tolerance(q, k, v, dy, options, eps):
     return one(q, k, v, size * dy, options, eps) * size
 
 
-def omega(s, rng):
-    return rng.standard_normal((4, s.d))
-
-
-LINEAR, PERFORMER = refattn.linear_attention, refattn.performer_attention
 OPTIONS = {
     "soft": gated("soft"),
     "columns": gated("columns"),

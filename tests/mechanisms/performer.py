@@ -28,10 +28,10 @@ def dead(shape, rng):
 def exponent_size(q, k, options):
     """The largest sum of absolute terms in an exponent of a query plus that of a key."""
     scale = options.get("scale") or q.shape[-1] ** -0.5
-    w = abs(options["omega"]).max(initial=0)
+    w = abs(options["omega"]).T  # (d, M)
     size = 0.0
     for x in (q, k):
-        t = scale**0.5 * w * abs(x).sum(axis=-1) + scale * (x * x).sum(axis=-1) / 2
+        t = scale**0.5 * (abs(x) @ w).max(axis=-1) + scale * (x * x).sum(axis=-1) / 2
         size += t.max(initial=0)
     return 1 + size
 
