@@ -149,7 +149,7 @@ MUTATIONS = [
     (BLOCKS, "da = np.where(first == i, dy, 0)", "da = dy"),
     (BLOCKS, "n * parts * (2 + 5 + 2 * e)", "n * parts * (5 + 2 * e)"),
     (MERGED, "scale=scale, dlse=dlse_i)", "scale=scale)"),
-    (MERGED, "w = np.where(empty, 0, np.exp", "w = np.where(empty, 1, np.exp"),
+    (MERGED, "(dy * (a - y))", "(dy * (a + y))"),
     (LEVELS, "np.log(sizes[far])", "np.zeros(len(far))"),
     (LEVELS, "inside += d / (own.stop - own.start)", "inside += d"),
     (LEVELS, "far = n * max(0, parts - 1)", "far = n * parts"),
