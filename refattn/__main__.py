@@ -52,7 +52,9 @@ def parser():
     )
     one.add_argument("kernel", help="MODULE:FUNCTION, found from the current folder too")
     one.add_argument("--mechanism", required=True, choices=MECHANISMS)
-    one.add_argument("--dtype", default="float32", choices=["float32", "float64", "float16"])
+    one.add_argument(
+        "--dtype", default="float32", choices=["float32", "float64", "float16", "bfloat16"]
+    )
     one.add_argument("--square", action="store_true", help="leave out the cases with n != m")
     one.add_argument("--json", action="store_true", help="print the report as JSON")
     for name, read in OPTIONS.items():

@@ -43,19 +43,74 @@ def first_maximum_for_ever(q, k, v):
         return (a @ v) / a.sum(axis=1, keepdims=True)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_right_kernels_pass(dtype):
+    report = check(refattn.softmax_attention, "softmax_attention", dtype=dtype)
+    assert report.passed, report
+    if dtype in ("float32", "float64"):
+        assert check(softmax, refattn.softmax_attention, dtype=dtype).passed
+
+
 def writes_to_its_input(q, k, v):
     y = softmax(q, k, v)
-    q[:] = 0
+    k[0] = 0
     return y
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-def test_right_kernels_pass(dtype):
-    for kernel in (refattn.softmax_attention, writes_to_its_input):
-        report = check(kernel, "softmax_attention", dtype=dtype, cases="square")
-        if dtype != "float16" or kernel is refattn.softmax_attention:
-            assert report.passed, report
-    assert check(softmax, refattn.softmax_attention).passed
+def gives_back_its_input(q, k, v):
+    v[:] = softmax(q, k, v) if len(q) == len(k) else v
+    return v
+
+
+def a_view_of_its_input(q, k, v):
+    return v[: len(q)]
+
+
+def never_returns(q, k, v):
+    while True:
+        pass
+
+
+def in_double(q, k, v):
+    return softmax(*(x.astype(np.float64) for x in (q, k, v)))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        (writes_to_its_input, "wrote to its input k"),
+        (gives_back_its_input, "wrote to its input v"),
+        (in_double, "gave float64, expected float32"),
+        (never_returns, "took longer than 0.05 s"),
+    ],
+)
+def test_bad_manners_are_a_line_of_the_report(kernel, words):
+    report = check(kernel, "softmax_attention", time_limit=0.05)
+    assert not report.passed and words in str(report)
+    assert len(report.lines) == 6  # the rest still ran
+
+
+def test_a_view_of_an_input_is_refused_even_where_its_numbers_are_right():
+    def own_value(q, k, v):
+        return v
+
+    report = check(own_value, "local_attention", window=0, cases="square")
+    assert "gave a view of its input v" in str(report) and not report.passed
+    assert check(lambda q, k, v: v.copy(), "local_attention", window=0, cases="square").passed
+
+
+def test_the_time_limit_leaves_no_alarm_behind():
+    import signal
+
+    before = signal.getsignal(signal.SIGALRM)
+    check(never_returns, "softmax_attention", time_limit=0.02)
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        check(softmax, "softmax_attention", dtype="int8")
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,46 @@
 """The check itself: a kernel on cases, or an answer beside the right one."""
 
+import contextlib
+import signal
+import threading
+from dataclasses import replace
+
 import numpy as np
 
 import refattn
 from refattn import checks
+from refattn.verify.cases import (
+    CASES,
+    FAINT,
+    cast,
+    eps_of,
+    inputs_of,
+    number_type,
+    truth_and_budget,
+)
 from refattn.verify.mistakes import LINEAR, equal_mistakes
 from refattn.verify.report import Line, Report
 
-# n, m, d, e: one token, odd sizes, more keys than queries and fewer, more than one tile
-CASES = {
-    "one token": (1, 1, 4, 3),
-    "odd sizes": (13, 13, 5, 7),
-    "two tiles": (130, 130, 16, 16),
-    "more keys": (7, 12, 4, 4),
-    "fewer keys": (12, 7, 4, 4),
-    "large scores": (130, 130, 16, 16),
-}
-FAINT = {"faint keys": (13, 13, 5, 7)}  # an epsilon in the denominator shows
-LARGE_FACTOR = 300.0  # on q in the last case, less where the dtype could not tell right from wrong
 
-
-def check(kernel, mechanism, *, dtype="float32", cases="default", title=None, hint="", **options):
+def check(
+    kernel,
+    mechanism,
+    *,
+    dtype="float32",
+    cases="default",
+    title=None,
+    hint="",
+    time_limit=60.0,
+    **options,
+):
     r"""Hold ``kernel(q, k, v)`` against one of refattn's attentions.
 
     The truth is the formula in float64 on the same rounded inputs. A kernel passes when
 
     .. math:: |error| \le 2 E + 4\, \mathrm{eps}\, (1 + \max|s|) \max|v|
 
-    with E the error of refattn's own formula in the kernel's dtype (float16 is computed in float32
-    and rounded once) and s the logits.
+    with E the error of refattn's own formula in the kernel's dtype (float16 and bfloat16 are
+    computed in float32 and rounded once) and s the logits.
 
     Parameters
     ----------
@@ -37,14 +49,17 @@ def check(kernel, mechanism, *, dtype="float32", cases="default", title=None, hi
         options built in.
     mechanism : str or function
         The attention to be equal to, such as "local_attention".
-    dtype : {"float32", "float64", "float16"}
-        What the kernel is given.
+    dtype : {"float32", "float64", "float16", "bfloat16"}
+        What the kernel is given, and should give back.
     cases : {"default", "square"}
         "square" leaves out the cases with n != m.
     title : str, optional
         The name in the report; the kernel's own if None.
     hint : str
         What to say while the kernel is an unfilled hole, one that returns None or ``...``.
+    time_limit : float
+        Seconds for one case; a kernel that takes longer is interrupted (where signals can be used:
+        in the main thread of a Unix process).
     **options
         The mechanism's options, real arrays rounded to ``dtype``. Where an array fixes n, m or d,
         the cases take those sizes.
@@ -52,7 +67,8 @@ def check(kernel, mechanism, *, dtype="float32", cases="default", title=None, hi
     Returns
     -------
     Report
-        Whatever the kernel does, an exception included, ends as a line of the report. Its
+        Whatever the kernel does ends as a line of the report: an exception, another shape or
+        dtype, NaN, writing to its inputs, giving one of them back, or taking too long. Its
         ``diagnosis`` names the known mistakes that the kernel equals in every case.
 
     Raises
@@ -80,25 +96,24 @@ def check(kernel, mechanism, *, dtype="float32", cases="default", title=None, hi
         if options.get(refused):
             raise ValueError(f"{refused}=True came; only the output y is compared")
     title = title or getattr(kernel, "__name__", type(kernel).__name__)
-    options = {name: _cast(value, dtype) for name, value in options.items()}
+    dtype = number_type(dtype)
+    options = {name: cast(value, dtype) for name, value in options.items()}
     lines, seen = [], []
-    wide = {name: _cast(value, np.float64) for name, value in options.items()}
+    wide = {name: cast(value, np.float64) for name, value in options.items()}
     faint = FAINT if name in LINEAR else {}
-    for case, q, k, v in _inputs({**CASES, **faint}, cases, np.dtype(dtype), options):
-        wanted, budget = _truth_and_budget(truth, q, k, v, options)
+    for case, q, k, v in inputs_of({**CASES, **faint}, cases, dtype, options):
+        wanted, budget = truth_and_budget(truth, q, k, v, options)
         if wanted is None:
             continue
-        try:
-            y = kernel(q.copy(), k.copy(), v.copy())
-        except Exception as error:
-            y = error
+        y, trouble = _call(kernel, q, k, v, time_limit)
         if y is None or y is ...:
             return Report(title, hint=hint)
-        lines.append(_compare(case, y, wanted, budget))
+        line = _compare(case, y, wanted, budget)
+        lines.append(line if line.trouble else replace(line, trouble=trouble))
         y = _numbers(y)
         if y is not None and y.shape == wanted.shape:
             inputs = (x.astype(float) for x in (q, k, v))
-            seen.append((y, wanted, budget, float(np.finfo(q.dtype).eps), *inputs, wide))
+            seen.append((y, wanted, budget, eps_of(q.dtype), *inputs, wide))
     if not lines:
         raise ValueError(f"no case fits the shapes of the options {sorted(options)}")
     return Report(title, lines, diagnosis=_diagnosis(name, lines, seen))
@@ -147,66 +162,41 @@ def _diagnosis(mechanism, lines, seen):
     return tuple(f"{m.name}: {m.tells}" for m in equal_mistakes(mechanism, seen))
 
 
-def _cast(value, dtype):
-    """Real arrays among the options, rounded to what the kernel is given."""
-    if isinstance(value, tuple):
-        return tuple(_cast(part, dtype) for part in value)
-    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-        return value.astype(dtype)
-    return value
-
-
-def _fixed_sizes(options):
-    """Sizes that the options' arrays fix: {"n": ..., "m": ..., "d": ...}."""
-    axes = {"mask": "nm", "bias": "nm", "gate": "n", "key_mask": "m", "E": "m", "omega": "d"}
-    fixed = {}
-    for name, sizes in axes.items():
-        shape = np.shape(options[name]) if options.get(name) is not None else ()
-        if name == "gate":
-            shape = shape[:-1]
-        for size, length in zip(sizes[::-1], shape[::-1], strict=False):
-            if length > 1 or name in ("E", "omega"):  # an axis of 1 fits any size
-                fixed[size] = length
-    return fixed
-
-
-def _inputs(shapes, cases, dtype, options):
-    """The cases, in the sizes that the options' arrays ask for: name, q, k, v."""
-    fixed = _fixed_sizes(options)
-    done = set()
-    for case, (n, m, d, e) in shapes.items():
-        n, m, d = fixed.get("n", n), fixed.get("m", m), fixed.get("d", d)
-        kind = case if case in ("large scores", *FAINT) else ""
-        if (cases == "square" and n != m) or (n, m, d, e, kind) in done:
-            continue
-        done.add((n, m, d, e, kind))
-        rng = np.random.default_rng([n, m, d, e])
-        q, k, v = (rng.standard_normal(s) for s in ((n, d), (m, d), (m, e)))
-        if kind == "large scores":
-            q = q * min(LARGE_FACTOR, 0.005 / np.finfo(dtype).eps)
-        elif kind:
-            k = k - 12  # elu + 1 is exp there: features of 1e-5
-        label = case if not fixed or kind else f"{n} queries, {m} keys"
-        yield label, *(x.astype(dtype) for x in (q, k, v))
-
-
-def _truth_and_budget(truth, q, k, v, options):
-    """float64 of the same rounded inputs, and the budget of the docstring; None if q, k, v do not
-    fit the mechanism, such as n != m in a causal form that needs n = m."""
-    wide = [x.astype(np.float64) for x in (q, k, v)]
+def _call(kernel, q, k, v, time_limit):
+    """The kernel's answer, or what it raised; and what is wrong with it beside its numbers."""
+    given = [x.copy() for x in (q, k, v)]
     try:
-        wanted = truth(*wide, **{name: _cast(x, np.float64) for name, x in options.items()})
-    except ValueError:
-        if len(q) != len(k):
-            return None, None
-        raise
-    own_error = abs(truth(q, k, v, **options) - wanted).max(initial=0)
-    scale = checks.scale(options.get("scale"), q.shape[-1])
-    logits = abs(scale * (wide[0] @ wide[1].mT)).max(initial=0)
-    bias = np.asarray(options.get("bias") if options.get("bias") is not None else 0.0, float)
-    logits += 1 + abs(bias[np.isfinite(bias)]).max(initial=0)
-    eps = float(np.finfo(q.dtype).eps)
-    return wanted, 2 * own_error + 4 * eps * logits * abs(wide[2]).max(initial=0)
+        with _time_limit(time_limit):
+            y = kernel(*given)
+    except Exception as error:
+        return error, ""
+    for name, x, kept in zip("qkv", given, (q, k, v), strict=True):
+        if not np.array_equal(x.view(np.uint8), kept.view(np.uint8)):
+            return y, f"wrote to its input {name}"
+        if isinstance(y, np.ndarray) and np.shares_memory(y, x):
+            return y, f"gave a view of its input {name}, expected an array of its own"
+    if isinstance(y, np.ndarray) and y.dtype != q.dtype:
+        return y, f"gave {y.dtype}, expected {q.dtype}"
+    return y, ""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds):
+    """TimeoutError after so many seconds, where a signal can be had."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(number, frame):
+        raise TimeoutError(f"took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _compare(case, y, wanted, budget):
@@ -229,7 +219,7 @@ def _numbers(y):
     """What came as a float64 array; None where it holds no real numbers."""
     try:
         y = np.asarray(y)
-        return y.astype(float) if y.dtype.kind in "biuf" else None
+        return y.astype(float) if y.dtype.kind in "biuf" or y.dtype.name == "bfloat16" else None
     except Exception:  # whatever a foreign array does when NumPy asks for its numbers
         return None
 
