@@ -10,6 +10,7 @@ import refattn
 from refattn.course import table
 from refattn.examples import examples
 from refattn.verify import check
+from refattn.verify.like import CONVENTIONS
 
 
 def window(text):
@@ -55,6 +56,7 @@ def parser():
     one.add_argument(
         "--dtype", default="float32", choices=["float32", "float64", "float16", "bfloat16"]
     )
+    one.add_argument("--like", choices=list(CONVENTIONS), help="the library of the kernel's arrays")
     one.add_argument("--square", action="store_true", help="leave out the cases with n != m")
     one.add_argument("--json", action="store_true", help="print the report as JSON")
     for name, read in OPTIONS.items():
@@ -102,6 +104,7 @@ def run_check(options):
         options.mechanism,
         dtype=options.dtype,
         cases="square" if options.square else "default",
+        like=options.like,
         hint="The kernel returned nothing.",
         **given,
     )

@@ -6,8 +6,12 @@ import pytest
 import refattn
 from refattn.verify import check
 from refattn.verify.cases import number_type
+from refattn.verify.like import CONVENTIONS, Convention, aligned
 from refattn.verify.mistakes import MISTAKES
 
+# NumPy arrays under torch's alignment, so that its mistakes are named where torch is not installed.
+FIRST_KEY = "numpy, aligned at the first key"
+CONVENTIONS[FIRST_KEY] = Convention("numpy", "(1, 1, n, d)", True, lambda x: x, lambda y: y)
 rng = np.random.default_rng(0)
 MASK = rng.random((13, 13)) < 0.6
 MASK[2] = False
@@ -21,6 +25,7 @@ SETTINGS = {
         {"mask": MASK},
         {"bias": rng.standard_normal((13, 13))},
         {"softcap": 1.5, "causal": True},
+        {"causal": True, "like": FIRST_KEY},
     ],
     "local_attention": [
         {"window": 3},
@@ -66,16 +71,19 @@ PAIRS = [(mistake, mechanism) for mistake in MISTAKES for mechanism in mistake.m
 def kernel_with(mistake, mechanism, options, dtype):
     """A kernel that makes the mistake; where it says nothing about a case, the right answer."""
     run = getattr(refattn, mechanism)
+    if like := options.pop("like", None):
+        run, options["top_left"] = aligned(run), CONVENTIONS[like].top_left
 
     def kernel(q, k, v):
-        wide = [x.astype(float) for x in (q, k, v)]
+        wide = [x.astype(float).reshape(x.shape[-2:]) for x in (q, k, v)]
         try:
             with np.errstate(all="ignore"):
                 y = mistake.output(run, *wide, options)
         except ValueError:
             y = None
         y = run(*wide, **options) if y is None else y
-        return np.asarray(y).astype(number_type(dtype))
+        y = np.asarray(y).astype(number_type(dtype))
+        return y.reshape(*q.shape[:-2], *y.shape)
 
     return kernel
 
@@ -105,6 +113,7 @@ def test_a_known_mistake_is_refused_and_named(mistake, mechanism, dtype):
 def test_a_right_kernel_is_not_accused(mechanism, dtype):
     run = getattr(refattn, mechanism)
     for options in SETTINGS[mechanism]:
+        options = {name: x for name, x in options.items() if name != "like"}
         low = {
             name: x.astype(number_type(dtype))
             if isinstance(x, np.ndarray) and x.dtype == float

@@ -108,6 +108,11 @@ def test_the_time_limit_leaves_no_alarm_behind():
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def test_an_unknown_library_is_refused():
+    with pytest.raises(ValueError, match="like is 'abacus'"):
+        check(softmax, "softmax_attention", like="abacus")
+
+
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         check(softmax, "softmax_attention", dtype="int8")

@@ -1,6 +1,7 @@
 """Hold a kernel, or an exercise's answer, against refattn, and be told what is wrong with it."""
 
 from refattn.verify.check import check, check_answer
+from refattn.verify.probes import probe
 from refattn.verify.report import Report
 
-__all__ = ["Report", "check", "check_answer"]
+__all__ = ["Report", "check", "check_answer", "probe"]

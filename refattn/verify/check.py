@@ -18,6 +18,7 @@ from refattn.verify.cases import (
     number_type,
     truth_and_budget,
 )
+from refattn.verify.like import CONVENTIONS, aligned, called_like
 from refattn.verify.mistakes import LINEAR, equal_mistakes
 from refattn.verify.report import Line, Report
 
@@ -30,6 +31,7 @@ def check(
     cases="default",
     title=None,
     hint="",
+    like=None,
     time_limit=60.0,
     **options,
 ):
@@ -57,6 +59,10 @@ def check(
         The name in the report; the kernel's own if None.
     hint : str
         What to say while the kernel is an unfilled hole, one that returns None or ``...``.
+    like : {"torch"}, optional
+        The library that the kernel is written in: it is called with that library's arrays, in its
+        layout, and judged by its conventions (``refattn.verify.like``). For torch: tensors
+        (1, 1, n, d), and causal aligned at the first key.
     time_limit : float
         Seconds for one case; a kernel that takes longer is interrupted (where signals can be used:
         in the main thread of a Unix process).
@@ -96,6 +102,10 @@ def check(
         if options.get(refused):
             raise ValueError(f"{refused}=True came; only the output y is compared")
     title = title or getattr(kernel, "__name__", type(kernel).__name__)
+    kernel = called_for(kernel, like)
+    if like is not None and name == "softmax_attention":
+        truth = aligned(truth)
+        options["top_left"] = CONVENTIONS[like].top_left
     dtype = number_type(dtype)
     options = {name: cast(value, dtype) for name, value in options.items()}
     lines, seen = [], []
@@ -108,7 +118,7 @@ def check(
         y, trouble = _call(kernel, q, k, v, time_limit)
         if y is None or y is ...:
             return Report(title, hint=hint)
-        line = _compare(case, y, wanted, budget)
+        line = compare(case, y, wanted, budget)
         lines.append(line if line.trouble else replace(line, trouble=trouble))
         y = _numbers(y)
         if y is not None and y.shape == wanted.shape:
@@ -116,7 +126,7 @@ def check(
             seen.append((y, wanted, budget, eps_of(q.dtype), *inputs, wide))
     if not lines:
         raise ValueError(f"no case fits the shapes of the options {sorted(options)}")
-    return Report(title, lines, diagnosis=_diagnosis(name, lines, seen))
+    return Report(title, lines, diagnosis=_diagnosis(name, truth, lines, seen))
 
 
 def check_answer(answer, wanted, *, title="answer", tolerance=0.0, hint=""):
@@ -152,14 +162,22 @@ def check_answer(answer, wanted, *, title="answer", tolerance=0.0, hint=""):
             answer = error
     if answer is None or answer is ...:
         return Report(title, hint=hint)
-    return Report(title, [_compare(title, answer, np.asarray(wanted), tolerance)])
+    return Report(title, [compare(title, answer, np.asarray(wanted), tolerance)])
 
 
-def _diagnosis(mechanism, lines, seen):
+def called_for(kernel, like):
+    """The kernel on NumPy arrays (n, d), whatever its library is."""
+    if like is None:
+        return kernel
+    checks.choice("like", like, tuple(CONVENTIONS))
+    return called_like(kernel, CONVENTIONS[like])
+
+
+def _diagnosis(mechanism, run, lines, seen):
     """The known mistakes that the kernel equals, each in a sentence; empty if all is right."""
     if not any(line.trouble for line in lines):
         return ()
-    return tuple(f"{m.name}: {m.tells}" for m in equal_mistakes(mechanism, seen))
+    return tuple(f"{m.name}: {m.tells}" for m in equal_mistakes(mechanism, run, seen))
 
 
 def _call(kernel, q, k, v, time_limit):
@@ -199,7 +217,8 @@ def _time_limit(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-def _compare(case, y, wanted, budget):
+def compare(case, y, wanted, budget):
+    """A line: how far y is from what was wanted, and what is wrong with it."""
     if isinstance(y, Exception):
         return Line(case, np.inf, budget, f"raised {type(y).__name__}: {y}")
     given, y = type(y).__name__, _numbers(y)

@@ -7,7 +7,6 @@ must also be invisible elsewhere.
 
 import numpy as np
 
-import refattn
 from refattn.verify.mistakes import of_others, of_softmax
 from refattn.verify.mistakes.base import LINEAR, Mistake
 
@@ -16,13 +15,12 @@ __all__ = ["LINEAR", "MISTAKES", "Mistake", "equal_mistakes"]
 MISTAKES = [*of_softmax.MISTAKES, *of_others.MISTAKES]
 
 
-def equal_mistakes(mechanism, seen):
-    """The mistakes that equal a kernel in every case.
+def equal_mistakes(mechanism, run, seen):
+    """The mistakes that equal a kernel in every case; ``run`` is the right attention.
 
     ``seen`` has (y, wanted, budget, eps, q, k, v, options) for each case whose y has the right
     shape: float64 throughout, eps being that of the kernel's dtype.
     """
-    run = getattr(refattn, mechanism)
     found = []
     for mistake in MISTAKES:
         if mechanism in mistake.mechanisms and _explains(mistake, run, seen):

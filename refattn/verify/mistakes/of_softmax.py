@@ -46,8 +46,13 @@ def _seen(n, m, options):
         window = {x: options[x] for x in ("window", "causal", "dilation") if x in options}
         seen = seen & refattn.masks.local(n, m=m, **window).toarray()
     elif options.get("causal"):
-        seen = seen & (np.arange(m) <= np.arange(n)[:, None] + (m - n))
+        seen = seen & (np.arange(m) <= _stands_at(n, m, options))
     return seen
+
+
+def _stands_at(n, m, options):
+    """The key that each query stands at, (n, 1)."""
+    return np.arange(n)[:, None] + (0 if options.get("top_left") else m - n)
 
 
 def _masked(seen, q, k, v, options):
@@ -80,13 +85,14 @@ def _over_queries(run, q, k, v, options):
 def _strict(run, q, k, v, options):
     if not options.get("causal") or "window" in options:
         return None
-    i = np.arange(len(q))[:, None] + (len(k) - len(q))
-    return _masked(_seen(len(q), len(k), options) & (np.arange(len(k)) < i), q, k, v, options)
+    n, m = len(q), len(k)
+    before = np.arange(m) < _stands_at(n, m, options)
+    return _masked(_seen(n, m, options) & before, q, k, v, options)
 
 
 def _top_left(run, q, k, v, options):
     """Aligned at the first key: the same where n = m."""
-    if not (options.get("causal") or "window" in options):
+    if not (options.get("causal") or "window" in options) or options.get("top_left"):
         return None
     n, m = len(q), len(k)
     free = {key: x for key, x in options.items() if key not in ("causal", "window", "dilation")}
@@ -96,6 +102,13 @@ def _top_left(run, q, k, v, options):
     else:
         seen = np.arange(m) <= np.arange(n)[:, None]
     return _masked(seen & _seen(n, m, free), q, k, v, options)
+
+
+def _bottom_right(run, q, k, v, options):
+    """Aligned at the last key, where the kernel's library aligns at the first."""
+    if not (options.get("causal") and options.get("top_left")):
+        return None
+    return run(q, k, v, **changed(options, top_left=False))
 
 
 def _inverted(run, q, k, v, options):
@@ -207,6 +220,12 @@ MISTAKES = [
         "query i stands at key i; with n != m the last query should stand at the last key",
         ("softmax_attention", "local_attention"),
         _top_left,
+    ),
+    Mistake(
+        "bottom-right alignment",
+        "the last query stands at the last key; this library aligns at the first",
+        ("softmax_attention",),
+        _bottom_right,
     ),
     Mistake(
         "mask inverted",
