@@ -54,7 +54,7 @@ def probe(
     ...     return (a @ v) / np.exp(q @ k.T).sum(axis=1, keepdims=True)
     >>> report = probe(kernel, causal=True)
     >>> [line.case for line in report.lines if line.trouble]
-    ['later keys x 1e5', 'later keys NaN']
+    ['later keys x 1e5', 'later keys NaN', 'far keys, later near']
     """
     checks.flag("causal", causal)
     dtype = number_type(dtype)
