@@ -85,7 +85,8 @@ def in_double(q, k, v):
     ],
 )
 def test_bad_manners_are_a_line_of_the_report(kernel, words):
-    report = check(kernel, "softmax_attention", time_limit=0.05)
+    limit = 0.05 if kernel is never_returns else 60.0  # a busy machine is slow, not wrong
+    report = check(kernel, "softmax_attention", time_limit=limit)
     assert not report.passed and words in str(report)
     assert len(report.lines) == 6  # the rest still ran
 
