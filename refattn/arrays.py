@@ -30,6 +30,12 @@ def sum_to_shape(x, shape):
     return x.sum(axis=stretched, keepdims=True) if stretched else x
 
 
+def gradients(found, shapes, dtype):
+    """Gradients as they are handed out: in their inputs' shapes, rounded to q's dtype."""
+    pairs = zip(found, shapes, strict=True)
+    return tuple(sum_to_shape(g, shape).astype(dtype, copy=False) for g, shape in pairs)
+
+
 def attention_matrix(attention, q, k, /, **options):
     r"""The weights A of an attention: the matrix with ``y = A @ v``.
 

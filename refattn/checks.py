@@ -89,7 +89,7 @@ def number(name, value, *, positive=False):
         value = math.inf
     if not math.isfinite(value) or (positive and value <= 0):
         raise ValueError(f"{name} is {value!r}; expected a finite number" + " > 0" * positive)
-    return float(value)
+    return value
 
 
 def scale(value, d):
@@ -147,21 +147,8 @@ def boolean_mask(mask, shape):
     """A mask of booleans (True = may attend) as a view that spans at least the last two axes."""
     if scipy.sparse.issparse(mask):
         raise TypeError("mask is a sparse array; give it to sparse_attention, or mask.toarray()")
-    mask = np.asarray(mask)
-    if mask.dtype != bool:
-        raise TypeError(
-            f"mask has dtype {mask.dtype}; expected bool, True where a query may attend "
-            "(real numbers that are added to the scores go in bias)"
-        )
-    fits("mask", mask, shape)
-    return np.broadcast_to(mask, np.broadcast_shapes(mask.shape, shape[-2:]))
-
-
-def additive_bias(bias, shape, dtype, compute):
-    """A real bias, -inf allowed: a finite one that overflows is not taken for a mask."""
-    bias = real_option("bias", bias, dtype, compute)
-    fits("bias", bias, shape)
-    return bias
+    wanted = "True where a query may attend (real numbers that are added to the scores go in bias)"
+    return _booleans("mask", mask, shape, 2, wanted)
 
 
 def real_option(name, x, dtype, compute):
@@ -210,13 +197,16 @@ def choice(name, value, options):
 
 def key_mask(mask, shape):
     """A mask of keys: booleans (True = may be attended) that broadcast to (..., m)."""
+    return _booleans("key_mask", mask, shape, 1, "True where a key may be attended")
+
+
+def _booleans(name, mask, shape, axes, wanted):
+    """Booleans that broadcast to ``shape``, as a view that spans at least its last ``axes``."""
     mask = np.asarray(mask)
     if mask.dtype != bool:
-        raise TypeError(
-            f"key_mask has dtype {mask.dtype}; expected bool, True where a key may be attended"
-        )
-    fits("key_mask", mask, shape)
-    return np.broadcast_to(mask, np.broadcast_shapes(mask.shape, shape[-1:]))
+        raise TypeError(f"{name} has dtype {mask.dtype}; expected bool, {wanted}")
+    fits(name, mask, shape)
+    return np.broadcast_to(mask, np.broadcast_shapes(mask.shape, shape[-axes:]))
 
 
 def state(name, value, shapes, dtype):

@@ -12,7 +12,7 @@ import inspect
 MODULES = {"numba": "cpu", "cuda": "cuda"}
 NEEDS = {"numba": "pip install numba", "cuda": "pip install 'numba-cuda[cu13]'"}
 BACKENDS = ("numpy", *MODULES)
-ROW_FORMS, ROW_COSTS = {}, {}
+ROW_FORMS, ROW_COSTS, BY_POSITION = {}, {}, {}
 
 
 class BackendUnavailable(RuntimeError):
@@ -37,7 +37,7 @@ def backends(formula):
     return run
 
 
-def rows_of(attention, cost=None):
+def rows_of(attention, cost=None, by_position=lambda sizes: True):
     """Register how some rows of ``attention`` are computed without the others.
 
     The function registered takes (rows, n, m, **options), rows being sorted query positions, and
@@ -46,13 +46,15 @@ def rows_of(attention, cost=None):
     by row. Gates use it to leave closed rows out.
 
     ``cost``, (rows, n, m, d, e, **sizes) -> Cost, is needed where the work of a row depends on its
-    position; else the attention's own cost serves with len(rows) for n.
+    position, and ``by_position`` says for which of the cost's sizes it does; else the attention's
+    own cost serves with len(rows) for n.
     """
 
     def register(form):
         ROW_FORMS[attention.__name__] = form
         if cost is not None:
             ROW_COSTS[attention.__name__] = cost
+            BY_POSITION[attention.__name__] = by_position
         return form
 
     return register

@@ -135,7 +135,7 @@ MUTATIONS = [
     (LINFORMER, "softmax_attention(q, k_r, v_r, scale=scale)", "softmax_attention(q, k_r, v_r)"),
     (LINFORMER, "_hide_rows(E.mT @ dk_r, visible)", "E.mT @ dk_r"),
     (LINFORMER, "_hide_columns(dv_r @ v.mT, visible)", "_hide_columns(dk_r @ k.mT, visible)"),
-    (LINFORMER, "dE + dF)", "dE)"),
+    (LINFORMER, "dE + dF]", "dE]"),
     (LINFORMER, "2 * r * keys * (d + e)", "2 * r * m * (d + e)"),
     (LINFORMER, "np.where(visible[..., None, :], x, 0)", "np.where(visible[..., :, None], x, 0)"),
     (PROJECTIONS, "/ math.sqrt(r)", "/ r"),

@@ -9,6 +9,7 @@ import scipy
 import refattn
 from cases import MECHANISMS
 from refattn import masks
+from refusals import refused
 
 NEEDED = {
     "local_attention": {"window": 1},
@@ -26,11 +27,6 @@ SCALED = [
 ]
 x = np.ones((4, 3))
 y = np.ones((4, 2))
-
-
-def refused(error, *words):
-    """A context that wants this error, with all these words in its message."""
-    return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{word})" for word in words))
 
 
 @pytest.mark.parametrize("name", MECHANISMS)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import refattn
+from cases import flat
 from refattn import gates, masks
-from test_errors import refused
+from refusals import refused
 
 rng = np.random.default_rng(0)
 B, H, N, D = 2, 3, 11, 4
@@ -47,10 +48,6 @@ SETTINGS = {
     "two-level": (refattn.two_level_attention, {"block": 4}),
     "two-level-max": (refattn.two_level_attention, {"block": 3, "pool": "max"}),
 }
-
-
-def flat(grads):
-    return [part for g in grads for part in (g if isinstance(g, tuple) else (g,))]
 
 
 def vjp_of(attention):
@@ -401,8 +398,8 @@ def test_block_top_k_chooses_by_mean_key():
             np.testing.assert_array_equal(dense[i], wanted)
     assert gates.block_top_k(a, b, block=10**30, top=1)[0].toarray().all()
     assert gates.block_top_k(a[:, :, :0], b, block=4, top=1)[0].shape == (0, 10)
-    flat = gates.block_top_k(np.zeros((2, 1)), np.ones((6, 1)), block=2, top=1)[0].toarray()
-    assert flat[:, :2].all() and not flat[:, 2:].any()  # ties go to the lower block
+    ties = gates.block_top_k(np.zeros((2, 1)), np.ones((6, 1)), block=2, top=1)[0].toarray()
+    assert ties[:, :2].all() and not ties[:, 2:].any()  # ties go to the lower block
     y = refattn.sparse_attention(a[0, 0], b[0], b[0], mask=chosen[0])
     assert y.shape == (5, 4)
 

@@ -12,6 +12,7 @@ import refattn
 from cases import MECHANISMS, cases
 from numbers_of import exact
 from refattn.dispatch import ROW_FORMS
+from refusals import refused
 
 EPS = float(np.finfo(float).eps)
 block, block_vjp = refattn.block_attention, refattn.block_attention_vjp
@@ -38,10 +39,6 @@ def close(grads, wanted, rtol=1e-11):
 
 def weights_for(fuse, rng, *shape):
     return {"weights": rng.standard_normal(shape)} if fuse == "weighted" else {}
-
-
-def refused(error, *words):
-    return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{word})" for word in words))
 
 
 COMPOSITE = [case for case in cases([(6, 6, 3, 2), (12, 12, 4, 5)]) if case.mechanism.name in HERE]

@@ -5,7 +5,7 @@ import pytest
 
 import refattn
 from refattn.linear import FEATURE_MAPS, FeatureMap, steps
-from test_errors import refused
+from refusals import refused
 
 CAUSAL_MAPS = [name for name, feature_map in FEATURE_MAPS.items() if feature_map.causal]
 rng = np.random.default_rng(0)

@@ -12,6 +12,7 @@ from definitions.linformer import segment_means
 from numbers_of import exact
 from refattn.dispatch import ROW_FORMS
 from refattn.linformer import projections
+from refusals import refused
 
 EPS = float(np.finfo(float).eps)
 LINFORMER = MECHANISMS["linformer_attention"]
@@ -26,10 +27,6 @@ def draw(n, m, d, e, lead=(), seed=0):
 
 def bound(q, k, v, **options):
     return 2 * LINFORMER.tolerance(q, k, v, options, EPS)
-
-
-def refused(error, *words):
-    return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{word})" for word in words))
 
 
 @pytest.mark.parametrize("m", [1, 5, 12])

@@ -7,7 +7,7 @@ import pytest
 
 import refattn
 from refattn.performer import kernel_variance
-from test_errors import refused
+from refusals import refused
 
 FEATURES = {
     "positive": refattn.positive_features,

@@ -8,7 +8,7 @@ import numpy as np
 from refattn import checks
 from refattn.arrays import sum_to_shape
 from refattn.cost import Cost
-from refattn.dispatch import ROW_COSTS, ROW_FORMS, backends
+from refattn.dispatch import BY_POSITION, ROW_COSTS, ROW_FORMS, backends
 from refattn.gates.options import Heads, gradient_names, rounded_options
 from refattn.softmax.formula import softmax_attention
 
@@ -124,7 +124,7 @@ def gated_attention_vjp(
     array([[0., 3.]])
     """
     heads, gate, shape, whole, dtype = _prepare(q, k, v, gate, attention, options)
-    ours = gradient_of(attention)
+    ours = companion(attention, "vjp")
     if (ours is None) == (attention_vjp is None):
         raise ValueError(
             "a foreign attention's gradient needs attention_vjp"
@@ -210,7 +210,7 @@ def gated_attention_cost(
         rows = _positions(open_rows, n)
     else:
         rows = np.arange(checks.whole("open_rows", open_rows, least=0, most=n))
-        if len(rows) < n and _position_matters(name, sizes):
+        if len(rows) < n and name in BY_POSITION and BY_POSITION[name](sizes):
             raise ValueError(
                 f"open_rows is {open_rows}; a row of {name} with these options costs what its "
                 "position says: give the positions"
@@ -233,27 +233,12 @@ def _positions(open_rows, n):
     return rows
 
 
-def _position_matters(name, sizes):
-    """Whether a row's work depends on where it stands."""
-    if name in ("local_attention", "two_level_attention"):
-        return True
-    if name == "block_attention":
-        return sizes.get("fuse", "concat") == "concat"
-    causal = sizes.get("causal", name == "linear_attention_chunked")
-    return bool(causal) and sizes.get("nnz") is None
-
-
 def companion(attention, suffix):
     """NAME_vjp or NAME_cost of one of refattn's attentions; None for a foreign one."""
     module = sys.modules.get(getattr(attention, "__module__", None))
     if not module or not module.__name__.startswith("refattn."):
         return None
     return getattr(module, f"{attention.__name__}_{suffix}", None)
-
-
-def gradient_of(attention):
-    """The gradient of one of refattn's attentions; None for a foreign one."""
-    return companion(attention, "vjp")
 
 
 def _row_form(attention, rows, heads, at):

@@ -262,7 +262,11 @@ def _cost_of_rows(rows, n, m, d, e, *, block, fuse="concat", weights=None, **siz
     return Cost(inner.flops, qkvy_bytes(len(rows), m, d, e, itemsize), inner.workspace)
 
 
-@rows_of(block_attention, cost=_cost_of_rows)
+@rows_of(
+    block_attention,
+    cost=_cost_of_rows,
+    by_position=lambda sizes: sizes.get("fuse", "concat") == "concat",
+)
 def _rows(rows, n, m, *, block, fuse="concat", weights=None, scale=None):
     """A block-diagonal mask for "concat"; "exact" takes any queries; the others mix rows."""
     block = _sizes(n, m, block, fuse)

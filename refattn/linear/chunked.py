@@ -223,7 +223,11 @@ def _cost_of_rows(rows, n, m, d, e, *, causal=True, chunk=64, **sizes):
     return by_steps(rows, n, m, d, e, causal=causal, **sizes)
 
 
-@rows_of(linear_attention_chunked, cost=_cost_of_rows)
+@rows_of(
+    linear_attention_chunked,
+    cost=_cost_of_rows,
+    by_position=lambda sizes: sizes.get("causal", True),
+)
 def _some_rows(rows, n, m, *, causal=True, chunk=64, **options):
     """Scattered rows go by the recurrence."""
     checks.whole("chunk", chunk, least=1)

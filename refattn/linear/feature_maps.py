@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refattn.softmax.merge import row_softmax
+
 
 @dataclass(frozen=True)
 class FeatureMap:
@@ -76,10 +78,8 @@ def relu_vjp(dphi, x):
 
 
 def _softmax(x, axis):
-    top = x.max(axis=axis, keepdims=True, initial=-np.inf)
-    p = np.exp(x - np.where(top == -np.inf, 0, top))  # all hidden: zeros
-    total = p.sum(axis=axis, keepdims=True)
-    return p / np.where(total == 0, 1, total)
+    """Softmax along an axis; zeros where all of it is hidden."""
+    return np.moveaxis(row_softmax(np.moveaxis(x, axis, -1))[0], -1, axis)
 
 
 def softmax_over_features(x):

@@ -297,7 +297,11 @@ def linear_attention_step(state, q, k, v, *, feature_map="elu", normalize=True):
     return y[..., 0, :].astype(dtype, copy=False), state
 
 
-@rows_of(linear_attention, cost=cost_up_to_last(linear_attention_cost))
+@rows_of(
+    linear_attention,
+    cost=cost_up_to_last(linear_attention_cost),
+    by_position=lambda sizes: sizes.get("causal", False),
+)
 def some_rows(rows, n, m, *, causal=False, **options):
     if not checks.flag("causal", causal):  # queries do not depend on each other
         return linear_attention, linear_attention_vjp, options

@@ -3,7 +3,7 @@
 import numpy as np
 
 from refattn import checks
-from refattn.arrays import sum_to_shape
+from refattn.arrays import gradients, sum_to_shape
 from refattn.linear.feature_maps import feature_map_of
 
 
@@ -131,8 +131,7 @@ def pull_back(grads, inputs, shapes, initial_state):
     dk = feature_map.key_vjp(dphi_k, k)
     if seen is not None:
         dk = np.where(seen, dk, 0)
-    grads = [sum_to_shape(g, s) for g, s in zip((dq, dk, dv), shapes, strict=True)]
-    result = tuple(g.astype(dtype, copy=False) for g in grads)
+    result = gradients((dq, dk, dv), shapes, dtype)
     if initial_state is None:
         return result
     dS, dz = (sum_to_shape(g, np.shape(s)) for g, s in zip(dstate, initial_state, strict=True))

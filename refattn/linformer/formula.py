@@ -3,7 +3,7 @@
 import numpy as np
 
 from refattn import checks
-from refattn.arrays import sum_to_shape
+from refattn.arrays import gradients
 from refattn.cost import Cost, qkvy_bytes, softmax_flops, working_size
 from refattn.dispatch import backends, rows_of
 from refattn.softmax.formula import softmax_attention, softmax_attention_vjp
@@ -128,9 +128,10 @@ def linformer_attention_vjp(dy, q, k, v, *, E, F=None, key_mask=None, scale=None
     # k_r, v_r = E @ k, F @ v
     dk, dv = _hide_rows(E.mT @ dk_r, visible), _hide_rows(F.mT @ dv_r, visible)
     dE, dF = _hide_columns(dk_r @ k.mT, visible), _hide_columns(dv_r @ v.mT, visible)
-    dk, dv, dE, dF = (sum_to_shape(g, s) for g, s in zip((dk, dv, dE, dF), shapes, strict=True))
-    grads = (dq, dk, dv, dE + dF) if shared else (dq, dk, dv, dE, dF)
-    return tuple(g.astype(dtype, copy=False) for g in grads)
+    found, shapes = [dq, dk, dv, dE, dF], [q.shape, *shapes]
+    if shared:
+        found, shapes = [dq, dk, dv, dE + dF], shapes[:4]
+    return gradients(found, shapes, dtype)
 
 
 def linformer_attention_cost(n, m, d, e, *, r, F=False, key_mask=None, scale=None, itemsize=4):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from refattn import checks
-from refattn.arrays import sum_to_shape
+from refattn.arrays import gradients
 from refattn.cost import Cost, qkvy_bytes, working_size
 from refattn.dispatch import backends, rows_of
 from refattn.linear import core
@@ -196,7 +196,11 @@ def performer_attention_cost(
     return Cost(flops, moved, working_size(itemsize) * ((n + m) * r + r * e + r))
 
 
-@rows_of(performer_attention, cost=cost_up_to_last(performer_attention_cost))
+@rows_of(
+    performer_attention,
+    cost=cost_up_to_last(performer_attention_cost),
+    by_position=lambda sizes: sizes.get("causal", False),
+)
 def _some_rows(rows, n, m, *, causal=False, **options):
     if not checks.flag("causal", causal):  # queries do not depend on each other
         return performer_attention, performer_attention_vjp, options
@@ -299,5 +303,4 @@ def _backward(dy, inputs, causal, shapes):
     dk = root * vjp(dphi_k, inputs["phi_k"], y, omega)
     if seen is not None:
         dk, dv = np.where(seen, dk, 0), np.where(seen, dv, 0)
-    grads = zip((dq, dk, dv), shapes, strict=True)
-    return tuple(sum_to_shape(g, s).astype(inputs["dtype"], copy=False) for g, s in grads)
+    return gradients((dq, dk, dv), shapes, inputs["dtype"])

@@ -3,7 +3,7 @@
 import numpy as np
 
 from refattn import checks
-from refattn.arrays import masked_matmul, sum_to_shape
+from refattn.arrays import gradients, masked_matmul
 from refattn.cost import Cost, causal_pairs, qkvy_bytes, softmax_flops, working_size
 from refattn.dispatch import backends, rows_of
 from refattn.softmax.merge import row_softmax
@@ -189,10 +189,10 @@ def softmax_attention_vjp(
     dq = masked_matmul(ds, k, allowed)
     dk = masked_matmul(ds.mT, q, None if allowed is None else allowed.mT)
 
-    grads = [(dq, q.shape), (dk, k.shape), (dv, v.shape)]
+    found, shapes = [dq, dk, dv], [q.shape, k.shape, v.shape]
     if bias is not None:
-        grads.append((dbias, bias_shape))
-    return tuple(sum_to_shape(g, shape).astype(dtype, copy=False) for g, shape in grads)
+        found, shapes = [*found, dbias], [*shapes, bias_shape]
+    return gradients(found, shapes, dtype)
 
 
 def softmax_attention_cost(
@@ -260,7 +260,11 @@ def _cost_of_rows(rows, n, m, d, e, *, causal=False, nnz=None, **sizes):
     return softmax_attention_cost(len(rows), m, d, e, nnz=nnz, **sizes)
 
 
-@rows_of(softmax_attention, cost=_cost_of_rows)
+def _causal_alone(sizes):
+    return bool(sizes.get("causal")) and sizes.get("nnz") is None
+
+
+@rows_of(softmax_attention, cost=_cost_of_rows, by_position=_causal_alone)
 def _some_rows(rows, n, m, *, mask=None, bias=None, causal=False, **options):
     """Masks and biases keep their rows; causal becomes a mask."""
     if mask is not None:
@@ -282,7 +286,8 @@ def _visible(q, k, v, dtype, mask, bias, causal):
     if mask is not None:
         allowed = checks.boolean_mask(mask, shape)
     if bias is not None:
-        bias = checks.additive_bias(bias, shape, dtype, q.dtype)
+        bias = checks.real_option("bias", bias, dtype, q.dtype)
+        checks.fits("bias", bias, shape)
         finite = np.broadcast_to(bias != -np.inf, np.broadcast_shapes(bias.shape, (n, m)))
         if not finite.all():
             allowed = finite if allowed is None else allowed & finite

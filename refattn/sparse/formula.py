@@ -7,7 +7,7 @@ sparse attention goes by the stored pairs of a csr mask.
 import numpy as np
 
 from refattn import checks, masks
-from refattn.arrays import sum_to_shape
+from refattn.arrays import gradients
 from refattn.cost import Cost, qkvy_bytes, softmax_flops, working_size
 from refattn.dispatch import backends, rows_of
 from refattn.softmax.formula import softmax_attention, softmax_attention_vjp
@@ -262,8 +262,7 @@ def sparse_attention_vjp(dy, q, k, v, *, mask, scale=None):
     # s = scale * q @ k.T
     dq = csr_matmul(ds, mask, k)
     dk = csr_matmul(ds, mask, q, transpose=True)
-    grads = ((dq, q.shape), (dk, k.shape), (dv, v.shape))
-    return tuple(sum_to_shape(g, shape).astype(dtype, copy=False) for g, shape in grads)
+    return gradients((dq, dk, dv), (q.shape, k.shape, v.shape), dtype)
 
 
 def sparse_attention_cost(n, m, d, e, *, nnz, scale=None, itemsize=4):

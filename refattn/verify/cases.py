@@ -77,12 +77,12 @@ def inputs_of(shapes, cases, dtype, options):
         yield label, *(x.astype(dtype) for x in (q, k, v))
 
 
-def truth_and_budget(truth, q, k, v, options):
+def truth_and_budget(truth, q, k, v, options, wide_options):
     """float64 of the same rounded inputs, and the budget of the docstring; None if q, k, v do not
     fit the mechanism, such as n != m in a causal form that needs n = m."""
     wide = [x.astype(np.float64) for x in (q, k, v)]
     try:
-        wanted = truth(*wide, **{name: cast(x, np.float64) for name, x in options.items()})
+        wanted = truth(*wide, **wide_options)
     except ValueError:
         if len(q) != len(k):
             return None, None

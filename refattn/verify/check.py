@@ -112,7 +112,7 @@ def check(
     wide = {name: cast(value, np.float64) for name, value in options.items()}
     faint = FAINT if name in LINEAR else {}
     for case, q, k, v in inputs_of({**CASES, **faint}, cases, dtype, options):
-        wanted, budget = truth_and_budget(truth, q, k, v, options)
+        wanted, budget = truth_and_budget(truth, q, k, v, options, wide)
         if wanted is None:
             continue
         y, trouble = _call(kernel, q, k, v, time_limit)
