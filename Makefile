@@ -15,7 +15,7 @@ PYTEST = $(SIZE) $(QUIET) $(PY) -m pytest -n 2 --dist worksteal --doctest-module
 STRIP = --keep-output --keep-count --keep-id \
 	--extra-keys "cell.metadata.execution metadata.language_info"
 
-.PHONY: help course test figures check lint format coverage mutants lock clean
+.PHONY: help course test figures pages check lint format coverage mutants lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ test: $(READY)  ## run the tests, the doctests and the notebooks in a small size
 
 figures: $(READY)  ## run the notebooks in place and refresh their outputs and figures/
 	@$(PY) scripts/notebooks.py figures
+
+pages: $(READY)  ## write docs/ from the tables in refattn.verify
+	@$(PY) scripts/pages.py
 
 check: $(READY)  ## run the notebooks and compare with the outputs that are in them
 	@$(PY) scripts/notebooks.py check

@@ -4,6 +4,7 @@ Nothing is repaired: an argument is accepted as it is or refused. The one conver
 the contract's: float16 and bfloat16 are computed in float32, and the result is rounded once.
 """
 
+import contextvars
 import math
 import numbers
 import operator
@@ -12,6 +13,8 @@ import numpy as np
 import scipy
 
 COMPUTE = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
+# What makes the arrays of arithmetic round more often than once: refattn.verify.rounding.
+ARITHMETIC = contextvars.ContextVar("ARITHMETIC", default=None)
 
 
 def floating(name, x):
@@ -52,7 +55,8 @@ def qkv(q, k, v):
     lead(q, k, v)
     dtype = np.dtype(dtypes[0]) if dtypes[0] != "bfloat16" else q.dtype
     q, k, v = (x.astype(compute_dtype(dtype), copy=False) for x in (q, k, v))
-    return q, k, v, dtype
+    rounding = ARITHMETIC.get()
+    return *((q, k, v) if rounding is None else map(rounding, (q, k, v))), dtype
 
 
 def lead(*arrays):

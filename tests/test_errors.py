@@ -245,7 +245,7 @@ def test_an_unknown_backend(name):
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
-@pytest.mark.parametrize("backend", ["numba", "cuda"])
+@pytest.mark.parametrize("backend", ["cuda"])
 def test_a_backend_that_is_not_there_says_what_to_do(name, backend):
     for run, args in ((MECHANISMS[name].attention, ()), (MECHANISMS[name].vjp, (y,))):
         with refused(refattn.BackendUnavailable, run.__name__, backend, "backend='numpy'"):

@@ -10,6 +10,7 @@ from refattn.softmax.formula import softmax_attention, softmax_attention_vjp
 
 
 @backends
+@np.errstate(invalid="ignore", over="ignore")  # where keys hold NaN or infinities: no news
 def linformer_attention(q, k, v, *, E, F=None, key_mask=None, scale=None):
     r"""Softmax attention on keys and values that are first projected along the sequence.
 
@@ -82,6 +83,7 @@ def linformer_attention(q, k, v, *, E, F=None, key_mask=None, scale=None):
 
 
 @backends
+@np.errstate(invalid="ignore", over="ignore")
 def linformer_attention_vjp(dy, q, k, v, *, E, F=None, key_mask=None, scale=None):
     r"""Gradient of ``linformer_attention``: from dy (..., n, e) to (dq, dk, dv, dE), and dF.
 

@@ -12,7 +12,7 @@ PAIRS = 1024  # pairs whose dot products are computed together
 def pair_dots(a, b, mask):
     """a_i . b_j for each stored pair, (..., nnz), in chunks so that no (nnz, d) array is made."""
     i, j = np.repeat(np.arange(mask.shape[0]), np.diff(mask.indptr)), mask.indices
-    dots = np.empty((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), len(i)), a.dtype)
+    dots = np.empty_like(a, shape=(*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), len(i)))
     for start in range(0, len(i), PAIRS):
         part = slice(start, start + PAIRS)
         dots[..., part] = np.vecdot(a[..., i[part], :], b[..., j[part], :])

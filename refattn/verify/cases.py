@@ -1,20 +1,79 @@
-"""What a kernel is given, what it should give, and how far off it may be."""
+"""What a kernel is given: sizes, and numbers that bring mistakes to light."""
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from refattn import checks
 
 # n, m, d, e: one token, odd sizes, more keys than queries and fewer, more than one tile
-CASES = {
+SIZES = {
     "one token": (1, 1, 4, 3),
     "odd sizes": (13, 13, 5, 7),
     "two tiles": (130, 130, 16, 16),
     "more keys": (7, 12, 4, 4),
     "fewer keys": (12, 7, 4, 4),
-    "large scores": (130, 130, 16, 16),
 }
-FAINT = {"faint keys": (13, 13, 5, 7)}  # an epsilon in the denominator shows
-LARGE_FACTOR = 300.0  # on q in the last case, less where the dtype could not tell right from wrong
+# For kernels that take whole tiles only.
+TILES = {
+    "one tile": (64, 64, 64, 64),
+    "more keys": (64, 192, 64, 64),
+    "fewer keys": (192, 64, 64, 64),
+    "three tiles": (192, 192, 64, 64),
+}
+VALUES = -0.5, 1.5  # a mean that is not 0 tells an average of all from nothing
+LARGE, PEAK, FAINT, FAR, VERY_FAR = 300.0, 8.0, 30.0, 4.0, 30.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A case: its name and what the kernel gets, rounded to its dtype; dy pulls the gradients."""
+
+    name: str
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    dy: np.ndarray
+
+    @property
+    def inputs(self):
+        return self.q, self.k, self.v
+
+
+def _large_scores(q, k, v, rng, scale):
+    """Only a softmax that subtracts its maximum survives."""
+    return LARGE * q, k, v
+
+
+def _one_key_each(q, k, v, rng, scale):
+    """Entries of one size, and for each query a key that takes most of its weight, its own or an
+    earlier one; values of mean 1/2: losing a key or a factor shows even in eight bits."""
+    k, v = np.where(k < 0, -1.0, 1.0), np.where(v < 0, -1.0, 1.0)
+    n, m = q.shape[-2], k.shape[-2]
+    at = np.maximum(np.arange(n) + m - n, 0)
+    peak = np.where(np.arange(n)[::-1] % 2 == 0, at, rng.integers(0, at + 1)) if m else at
+    factor = PEAK / (abs(scale) * q.shape[-1]) if scale else 1.0
+    return (factor * k[..., peak, :] if m else q), k, v
+
+
+def _faint_keys(q, k, v, rng, scale):
+    """elu + 1 is exp there: features of 1e-13, which an epsilon buries."""
+    return q, k - FAINT, v
+
+
+def _far_keys(factor):
+    """Keys of large norm: their random features span many powers of ten."""
+    return lambda q, k, v, rng, scale: (q, factor * k, np.where(v < 0, -1.0, 1.0))
+
+
+# What each special case does to normal draws, the size it stands at, and for which mechanisms.
+SPECIAL = {
+    "one key each": (_one_key_each, (130, 130, 16, 64), ""),
+    "large scores": (_large_scores, (130, 130, 16, 16), ""),
+    "faint keys": (_faint_keys, (13, 13, 5, 7), "linear"),
+    "far keys": (_far_keys(FAR), (13, 13, 4, 4), "performer"),
+    "very far keys": (_far_keys(VERY_FAR), (13, 13, 4, 4), "performer"),
+}
 
 
 def number_type(name):
@@ -43,54 +102,60 @@ def cast(value, dtype):
     return value
 
 
+# Which sizes the last axes of an option's array are.
+AXES = {"mask": "nm", "bias": "nm", "gate": "ne", "key_mask": "m", "E": "m", "omega": "d"}
+
+
 def _fixed_sizes(options):
     """Sizes that the options' arrays fix: {"n": ..., "m": ..., "d": ...}."""
-    axes = {"mask": "nm", "bias": "nm", "gate": "n", "key_mask": "m", "E": "m", "omega": "d"}
     fixed = {}
-    for name, sizes in axes.items():
+    for name, sizes in AXES.items():
         shape = np.shape(options[name]) if options.get(name) is not None else ()
-        if name == "gate":
-            shape = shape[:-1]
         for size, length in zip(sizes[::-1], shape[::-1], strict=False):
             if length > 1 or name in ("E", "omega"):  # an axis of 1 fits any size
                 fixed[size] = length
     return fixed
 
 
-def inputs_of(shapes, cases, dtype, options):
-    """The cases, in the sizes that the options' arrays ask for: name, q, k, v."""
+def _sizes_of(cases):
+    """{name: (n, m, d, e)} of the plain cases, and the size of the special ones if it is given."""
+    if isinstance(cases, str):
+        checks.choice("cases", cases, ("default", "square", "tiles"))
+        if cases == "tiles":
+            return TILES, TILES["three tiles"]
+        return {name: s for name, s in SIZES.items() if cases == "default" or s[0] == s[1]}, None
+    try:
+        given = [checks.sizes(*size) for size in cases]
+    except TypeError:
+        given = []
+    if not given:
+        raise ValueError(
+            f"cases is {cases!r}; expected 'default', 'square', 'tiles' or sizes [(n, m, d, e), ...]"
+        )
+    return {"n {}, m {}, d {}, e {}".format(*size): size for size in given}, given[-1]
+
+
+def trials(mechanism, cases, dtype, options, lead=(), same_columns=False):
+    """The cases, in the sizes that the options' arrays ask for, with ``lead`` axes ahead; with
+    ``same_columns``, e is made equal to d."""
+    plain, special_size = _sizes_of(cases)
+    table = [(name, None, size) for name, size in plain.items()]
+    for name, (make, size, only) in SPECIAL.items():
+        if mechanism.startswith(only):
+            table.append((name, make, special_size or size))
     fixed = _fixed_sizes(options)
     done = set()
-    for case, (n, m, d, e) in shapes.items():
-        n, m, d = fixed.get("n", n), fixed.get("m", m), fixed.get("d", d)
-        kind = case if case in ("large scores", *FAINT) else ""
-        if (cases == "square" and n != m) or (n, m, d, e, kind) in done:
+    for name, make, (n, m, d, e) in table:
+        n, m, d, e = (fixed.get(axis, x) for axis, x in zip("nmde", (n, m, d, e), strict=True))
+        e = d if same_columns else e
+        if (make, n, m, d, e) in done or (cases == "square" and n != m):
             continue
-        done.add((n, m, d, e, kind))
+        done.add((make, n, m, d, e))
         rng = np.random.default_rng([n, m, d, e])
-        q, k, v = (rng.standard_normal(s) for s in ((n, d), (m, d), (m, e)))
-        if kind == "large scores":
-            q = q * min(LARGE_FACTOR, 0.005 / eps_of(dtype))
-        elif kind:
-            k = k - 12  # elu + 1 is exp there: features of 1e-5
-        label = case if not fixed or kind else f"{n} queries, {m} keys"
-        yield label, *(x.astype(dtype) for x in (q, k, v))
-
-
-def truth_and_budget(truth, q, k, v, options, wide_options):
-    """float64 of the same rounded inputs, and the budget of the docstring; None if q, k, v do not
-    fit the mechanism, such as n != m in a causal form that needs n = m."""
-    wide = [x.astype(np.float64) for x in (q, k, v)]
-    try:
-        wanted = truth(*wide, **wide_options)
-    except ValueError:
-        if len(q) != len(k):
-            return None, None
-        raise
-    own_error = abs(truth(q, k, v, **options).astype(float) - wanted).max(initial=0)
-    scale = checks.scale(options.get("scale"), q.shape[-1])
-    logits = abs(scale * (wide[0] @ wide[1].mT)).max(initial=0)
-    bias = np.asarray(options.get("bias") if options.get("bias") is not None else 0.0, float)
-    logits += 1 + abs(bias[np.isfinite(bias)]).max(initial=0)
-    eps = eps_of(q.dtype)
-    return wanted, 2 * own_error + 4 * eps * logits * abs(wide[2]).max(initial=0)
+        shapes = ((n, d), (m, d), (m, e), (n, e))
+        q, k, v, dy = (rng.standard_normal((*lead, *shape)) for shape in shapes)
+        v = rng.uniform(*VALUES, v.shape)
+        if make is not None:
+            q, k, v = make(q, k, v, rng, checks.scale(options.get("scale"), d))
+        label = name if make is not None or not fixed else f"{n} queries, {m} keys"
+        yield Trial(label, *(x.astype(dtype) for x in (q, k, v, dy)))

@@ -1,26 +1,33 @@
 """The check itself: a kernel on cases, or an answer beside the right one."""
 
-import contextlib
-import signal
-import threading
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
+import tqdm
 
 import refattn
-from refattn import checks
-from refattn.verify.cases import (
-    CASES,
-    FAINT,
-    cast,
-    eps_of,
-    inputs_of,
-    number_type,
-    truth_and_budget,
-)
-from refattn.verify.like import CONVENTIONS, aligned, called_like
-from refattn.verify.mistakes import LINEAR, equal_mistakes
-from refattn.verify.report import Line, Report
+from refattn.verify.call import Caller
+from refattn.verify.cases import cast, eps_of, number_type, trials
+from refattn.verify.compare import compare, numbers
+from refattn.verify.libraries import library_of
+from refattn.verify.like import LEAD, Reference, convention_of
+from refattn.verify.mistakes import equal_mistakes
+from refattn.verify.report import Report
+from refattn.verify.truth import truth_of
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A case that the kernel answered: what was given, wanted and got, {"y": ...} in float64."""
+
+    trial: object
+    options: dict
+    wanted: dict
+    got: dict
+
+    @property
+    def eps(self):
+        return eps_of(self.trial.q.dtype)
 
 
 def check(
@@ -28,11 +35,16 @@ def check(
     mechanism,
     *,
     dtype="float32",
+    like=None,
+    xp=None,
+    gradients=False,
     cases="default",
+    lead=None,
+    device=None,
     title=None,
     hint="",
-    like=None,
     time_limit=60.0,
+    progress=False,
     **options,
 ):
     r"""Hold ``kernel(q, k, v)`` against one of refattn's attentions.
@@ -41,41 +53,54 @@ def check(
 
     .. math:: |error| \le 2 E + 4\, \mathrm{eps}\, (1 + \max|s|) \max|v|
 
-    with E the error of refattn's own formula in the kernel's dtype (float16 and bfloat16 are
-    computed in float32 and rounded once) and s the logits.
+    with s the logits and E the error of refattn's own formula in the kernel's dtype; for float16
+    and bfloat16 with every array operation rounded to that type, if that is larger. A gradient
+    passes by the same rule with its own E and size (``refattn.verify.truth``).
 
     Parameters
     ----------
     kernel : callable
-        ``kernel(q, k, v) -> y`` on one head, arrays (n, d), (m, d), (m, e) to (n, e), with the
-        options built in.
+        ``kernel(q, k, v) -> y``, arrays (n, d), (m, d), (m, e) to (n, e), with the options built
+        in.
     mechanism : str or function
         The attention to be equal to, such as "local_attention".
     dtype : {"float32", "float64", "float16", "bfloat16"}
         What the kernel is given, and should give back.
-    cases : {"default", "square"}
-        "square" leaves out the cases with n != m.
+    like : {"torch", "jax", "flash_attn", "onnx", "fla", "xformers"} or Convention, optional
+        Whose conventions the kernel and the options follow: arrays, layout, alignment of causal
+        forms, windows, rows with nothing to attend (docs/conventions.md). The kernel then gets
+        a batch of 2 with 3 heads.
+    xp : module or str, optional
+        The library of the arrays alone: "torch", "jax", "cupy" or any array API namespace.
+    gradients : bool or callable
+        Also hold dq, dk and dv against the formula's: True takes the library's automatic
+        gradients, a function ``gradients(dy, q, k, v) -> (dq, dk, dv)`` is a kernel of its own.
+    cases : {"default", "square", "tiles"} or list of (n, m, d, e)
+        "square" leaves out n != m; "tiles" has multiples of 64 only.
+    lead : tuple of int, optional
+        Leading axes of q, k, v and y: (batch, heads) where ``like`` is given, none else.
+    device : optional
+        Where the library's arrays lie, such as "cuda".
     title : str, optional
         The name in the report; the kernel's own if None.
     hint : str
         What to say while the kernel is an unfilled hole, one that returns None or ``...``.
-    like : {"torch"}, optional
-        The library that the kernel is written in: it is called with that library's arrays, in its
-        layout, and judged by its conventions (``refattn.verify.like``). For torch: tensors
-        (1, 1, n, d), and causal aligned at the first key.
     time_limit : float
         Seconds for one case; a kernel that takes longer is interrupted (where signals can be used:
-        in the main thread of a Unix process).
+        in the main thread of a Unix process, when it next runs Python).
+    progress : bool
+        Show a bar while it runs.
     **options
-        The mechanism's options, real arrays rounded to ``dtype``. Where an array fixes n, m or d,
-        the cases take those sizes.
+        The mechanism's options, real arrays rounded to ``dtype``. Where an array fixes n, m, d or
+        e, the cases take those sizes.
 
     Returns
     -------
     Report
-        Whatever the kernel does ends as a line of the report: an exception, another shape or
-        dtype, NaN, writing to its inputs, giving one of them back, or taking too long. Its
-        ``diagnosis`` names the known mistakes that the kernel equals in every case.
+        Whatever the kernel does ends as a line of the report: an exception, another shape, dtype,
+        library or device, NaN, writing to its inputs, giving one of them back, or taking too long.
+        Its ``diagnosis`` names the known mistakes that the kernel equals in every case
+        (docs/mistakes.md); where there is none, ``findings`` says where the error sits.
 
     Raises
     ------
@@ -89,44 +114,57 @@ def check(
     >>> def kernel(q, k, v):
     ...     a = np.exp(q @ k.T)  # the scale is missing
     ...     return a @ v / a.sum(axis=1, keepdims=True)
-    >>> report = check(kernel, "softmax_attention")
-    >>> report.passed, report.diagnosis
-    (False, ('scale missing: the scores are q . k, not q . k / sqrt(d)',))
+    >>> report = check(kernel, "softmax_attention", cases=[(5, 7, 4, 3)])
+    >>> report.passed, report.diagnosis[0]
+    (False, 'scale missing: the scores are q . k, not q . k / sqrt(d)')
     """
-    name = getattr(mechanism, "__name__", mechanism)
-    truth = getattr(refattn, str(name), None)
-    if truth is None or not hasattr(refattn, f"{name}_vjp"):
-        raise ValueError(f"mechanism is {name!r}; expected an attention such as 'local_attention'")
-    checks.choice("cases", cases, ("default", "square"))
-    for refused in ("return_lse", "return_state"):
-        if options.get(refused):
-            raise ValueError(f"{refused}=True came; only the output y is compared")
+    name = _mechanism(mechanism, options)
+    convention = convention_of(like)
+    library = library_of(xp or convention.arrays, device)
+    if gradients is True and not library.differentiates:
+        raise ValueError(
+            f"gradients=True came for arrays of {xp or convention.arrays}, which have no automatic "
+            "gradients; expected a function gradients(dy, q, k, v) -> (dq, dk, dv)"
+        )
     title = title or getattr(kernel, "__name__", type(kernel).__name__)
-    kernel = called_for(kernel, like)
-    if like is not None and name == "softmax_attention":
-        truth = aligned(truth)
-        options["top_left"] = CONVENTIONS[like].top_left
+    if lead is None:
+        lead = () if like is None else LEAD
+    call = Caller(kernel, library, convention.layout, gradients, time_limit)
+    reference = Reference(name, convention)
+    options = reference.translated(options)
     dtype = number_type(dtype)
-    options = {name: cast(value, dtype) for name, value in options.items()}
-    lines, seen = [], []
-    wide = {name: cast(value, np.float64) for name, value in options.items()}
-    faint = FAINT if name in LINEAR else {}
-    for case, q, k, v in inputs_of({**CASES, **faint}, cases, dtype, options):
-        wanted, budget = truth_and_budget(truth, q, k, v, options, wide)
-        if wanted is None:
+    low = {name: cast(value, dtype) for name, value in options.items()}
+    wide = {name: cast(value, np.float64) for name, value in low.items()}
+    lines, seen, misfit = [], [], None
+    asked = trials(name, cases, dtype, options, lead, same_columns=convention.same_columns)
+    bar = tqdm.tqdm(list(asked), disable=not progress)
+    for trial in bar:
+        bar.set_description(trial.name)
+        try:
+            wanted = truth_of(reference, trial, low, wide, gradients is not False)
+        except ValueError as error:
+            misfit = error
             continue
-        y, trouble = _call(kernel, q, k, v, time_limit)
-        if y is None or y is ...:
+        answers = call(*trial.inputs, trial.dy)
+        if answers.arrays["y"] is None or answers.arrays["y"] is ...:
             return Report(title, hint=hint)
-        line = compare(case, y, wanted, budget)
-        lines.append(line if line.trouble else replace(line, trouble=trouble))
-        y = _numbers(y)
-        if y is not None and y.shape == wanted.shape:
-            inputs = (x.astype(float) for x in (q, k, v))
-            seen.append((y, wanted, budget, eps_of(q.dtype), *inputs, wide))
+        got = {}
+        for part, y in answers.arrays.items():
+            want = wanted[part]
+            case = trial.name if part == "y" else f"{trial.name}: {part}"
+            trouble = answers.trouble if part == "y" else ""
+            lines.append(compare(case, y, want.value, want.budget, want.conditioning, trouble))
+            y = None if isinstance(y, Exception) else numbers(y)
+            if y is not None and y.shape == want.value.shape:
+                got[part] = y
+        seen.append(Seen(trial, wide, wanted, got))
     if not lines:
-        raise ValueError(f"no case fits the shapes of the options {sorted(options)}")
-    return Report(title, lines, diagnosis=_diagnosis(name, truth, lines, seen))
+        raise misfit or ValueError(f"no case fits the shapes of the options {sorted(options)}")
+    known, found = (), ()
+    if any(line.trouble for line in lines):
+        known = tuple(f"{m.name}: {m.tells}" for m in equal_mistakes(name, reference, seen))
+        found = () if known else _findings(seen)
+    return Report(title, lines, diagnosis=known, findings=found, seen=seen)
 
 
 def check_answer(answer, wanted, *, title="answer", tolerance=0.0, hint=""):
@@ -165,93 +203,18 @@ def check_answer(answer, wanted, *, title="answer", tolerance=0.0, hint=""):
     return Report(title, [compare(title, answer, np.asarray(wanted), tolerance)])
 
 
-def called_for(kernel, like):
-    """The kernel on NumPy arrays (n, d), whatever its library is."""
-    if like is None:
-        return kernel
-    checks.choice("like", like, tuple(CONVENTIONS))
-    return called_like(kernel, CONVENTIONS[like])
+def _findings(seen):
+    from refattn.verify.findings import findings  # much code, and only a failure needs it
+
+    return findings(seen)
 
 
-def _diagnosis(mechanism, run, lines, seen):
-    """The known mistakes that the kernel equals, each in a sentence; empty if all is right."""
-    if not any(line.trouble for line in lines):
-        return ()
-    return tuple(f"{m.name}: {m.tells}" for m in equal_mistakes(mechanism, run, seen))
-
-
-def _call(kernel, q, k, v, time_limit):
-    """The kernel's answer, or what it raised; and what is wrong with it beside its numbers."""
-    given = [x.copy() for x in (q, k, v)]
-    try:
-        with _time_limit(time_limit):
-            y = kernel(*given)
-    except Exception as error:
-        return error, ""
-    for name, x, kept in zip("qkv", given, (q, k, v), strict=True):
-        if not np.array_equal(x.view(np.uint8), kept.view(np.uint8)):
-            return y, f"wrote to its input {name}"
-        if isinstance(y, np.ndarray) and np.shares_memory(y, x):
-            return y, f"gave a view of its input {name}, expected an array of its own"
-    if isinstance(y, np.ndarray) and y.dtype != q.dtype:
-        return y, f"gave {y.dtype}, expected {q.dtype}"
-    return y, ""
-
-
-@contextlib.contextmanager
-def _time_limit(seconds):
-    """TimeoutError after so many seconds, where a signal can be had."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
-        yield
-        return
-
-    def stop(number, frame):
-        raise TimeoutError(f"took longer than {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def compare(case, y, wanted, budget):
-    """A line: how far y is from what was wanted, and what is wrong with it."""
-    if isinstance(y, Exception):
-        return Line(case, np.inf, budget, f"raised {type(y).__name__}: {y}")
-    given, y = type(y).__name__, _numbers(y)
-    if y is None:
-        return Line(case, np.inf, budget, f"gave {given}, expected real numbers")
-    if y.shape != wanted.shape:
-        return Line(case, np.inf, budget, f"has shape {y.shape}, expected {wanted.shape}")
-    with np.errstate(invalid="ignore"):
-        error = np.where(y == wanted, 0, abs(y - wanted))  # equal infinities are equal
-    worst = float(np.max(error, initial=0))
-    if worst <= budget:
-        return Line(case, worst, budget)
-    return Line(case, worst, budget, _where(y, wanted, ~(error <= budget)))
-
-
-def _numbers(y):
-    """What came as a float64 array; None where it holds no real numbers."""
-    try:
-        y = np.asarray(y)
-        return y.astype(float) if y.dtype.kind in "biuf" or y.dtype.name == "bfloat16" else None
-    except Exception:  # whatever a foreign array does when NumPy asks for its numbers
-        return None
-
-
-def _where(y, wanted, wrong):
-    """Words for the place of the error: how many entries, which rows, the first of them."""
-    if wanted.ndim == 0:
-        return f"gave {y:.6g}, expected {wanted:.6g}"
-    at = tuple(int(i) for i in np.argwhere(wrong)[0])
-    words = f"first at {at}: {y[at]:.6g}, expected {wanted[at]:.6g}"
-    rows = np.flatnonzero(wrong.reshape(len(wrong), -1).any(axis=1))
-    if len(rows) < len(wrong):
-        span = f"row {rows[0]}" if len(rows) == 1 else f"rows {rows[0]} to {rows[-1]}"
-        words = f"{len(rows)} of {len(wrong)} rows wrong, {span}; {words}"
-    nan = int(np.isnan(y).sum())
-    return f"{nan} of {y.size} are NaN; {words}" if nan else words
+def _mechanism(mechanism, options):
+    """The name of an attention, or ValueError."""
+    name = getattr(mechanism, "__name__", mechanism)
+    if getattr(refattn, str(name), None) is None or not hasattr(refattn, f"{name}_vjp"):
+        raise ValueError(f"mechanism is {name!r}; expected an attention such as 'local_attention'")
+    for refused in ("return_lse", "return_state"):
+        if options.get(refused):
+            raise ValueError(f"{refused}=True came; only the output y is compared")
+    return name

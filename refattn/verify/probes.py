@@ -1,48 +1,108 @@
 """Probes that need no reference: what must hold for a kernel whatever its formula is."""
 
+from collections.abc import Collection
+from functools import partial
+
 import numpy as np
 
 from refattn import checks
-from refattn.verify.cases import eps_of, number_type
-from refattn.verify.check import called_for, compare
+from refattn.verify import promises
+from refattn.verify.bench import Bench
+from refattn.verify.call import Caller
+from refattn.verify.cases import number_type
+from refattn.verify.libraries import library_of
+from refattn.verify.like import LEAD, Reference, convention_of
+from refattn.verify.promises import later_than, out_of_window, unseen
 from refattn.verify.report import Report
-
-N, D = 24, 8
 
 
 def probe(
-    kernel, *, causal=False, window=None, linear=True, dtype="float32", like=None, title=None
+    kernel,
+    *,
+    causal=False,
+    window=None,
+    hidden=None,
+    linear=True,
+    resume=None,
+    windowed=None,
+    dtype="float32",
+    like=None,
+    xp=None,
+    lead=None,
+    shape=(24, 8),
+    device=None,
+    skip=(),
+    title=None,
 ):
-    """Perturb the inputs of ``kernel(q, k, v)`` and see that what must stay the same does.
+    """Change the inputs of ``kernel(q, k, v)`` and see that what must stay the same does.
 
     Parameters
     ----------
     kernel : callable
-        ``kernel(q, k, v) -> y`` on one head, (24, 8) each.
+        ``kernel(q, k, v) -> y``, arrays (..., n, d) each, as many keys as queries.
     causal : bool
-        Query i sees keys j <= i only: later keys and values are made huge, and NaN.
+        Query i sees keys j <= i only.
     window : int or (int, int), optional
-        Keys out of each query's window are made NaN.
+        Query i sees keys of its window only, as in ``local_attention``; counted as ``like``
+        counts.
+    hidden : bool array (n,), optional
+        True for keys that no query sees, such as ``~key_mask``. The kernel is then asked for n
+        tokens in their order only.
     linear : bool
-        Whether the output is linear in v, as that of any attention with weights is.
+        Whether y is linear in v, as that of any attention with weights is.
+    resume : callable, optional
+        ``resume(q, k, v, state) -> (y, state)``, the causal kernel on the next tokens; the state
+        is None at first, and otherwise what the call before gave.
+    windowed : callable, optional
+        ``windowed(window) -> kernel``: with a window of n tokens or more it must equal ``kernel``.
     dtype : {"float32", "float64", "float16", "bfloat16"}
-    like : {"torch"}, optional
-        As in ``check``.
+    like : {"torch", "jax", "flash_attn", "onnx", "fla", "xformers"}, optional
+        Whose arrays, layout and windows they are, as in ``check``. The kernel then gets a batch
+        of 2 with 3 heads.
+    xp : module or str, optional
+        The library of the arrays alone, as in ``check``.
+    lead : tuple of int, optional
+        Leading axes: (batch, heads) where ``like`` is given, none else.
+    shape : (int, int)
+        n >= 4 and d.
+    device : optional
+        Where the library's arrays lie, such as "cuda".
+    skip : collection of str
+        Lines to leave out, for what a kernel does not promise.
     title : str, optional
         The name in the report; the kernel's own if None.
 
     Returns
     -------
     Report
-        A line for each probe: "same again" (two calls, one answer, to the bit), "finite",
-        "linear in v", "keys shuffled" and "queries shuffled" (neither causal nor windowed),
-        "later keys x 1e5", "later keys NaN" and "far keys, later near" (causal), "keys out of
-        window NaN".
+        Whatever the kernel does is a line of it. Always "finite" (and of the right shape and
+        dtype; without that shape nothing else is asked), "inputs unchanged" (in all calls; nor
+        given back) and "same again" (to the bit, after all other calls, and after one on NaN).
+        Where it applies:
+
+        - "batch independence": a head's answer, while others are made huge, and NaN;
+        - "linear in v";
+        - "keys shuffled", "queries shuffled": neither causal nor windowed;
+        - "later keys x 1e5" (and values), "later keys NaN", "later values NaN", "far keys, later
+          near", "prefix alone" (the first tokens without the rest): causal;
+        - "keys out of window x 1e5", and NaN as before; "hidden keys x 1e5", and so on;
+        - "split and resume": parts of many sizes, and token by token;
+        - "window of n equals full": n, n + 1 and 100 n.
 
     Raises
     ------
-    ValueError
-        Unknown dtype or library.
+    TypeError, ValueError
+        Unknown dtype, library or line to skip; ``resume`` without ``causal``; ``windowed`` with
+        ``window``; a shape, window or hidden keys that do not fit.
+
+    Notes
+    -----
+    A kernel that masks scores, and then multiplies masked weights of 0 with values, turns NaN in a
+    value that it may not see into NaN in its output, as torch's and jax's do: "later values NaN"
+    tells. Where the rest of a cache is cleared ahead, skip it.
+
+    Each budget is derived where its line is made (refattn/verify/promises.py); none needs the
+    kernel's formula.
 
     Examples
     --------
@@ -52,83 +112,123 @@ def probe(
     >>> def kernel(q, k, v):
     ...     a = np.tril(np.exp(q @ k.T))
     ...     return (a @ v) / np.exp(q @ k.T).sum(axis=1, keepdims=True)
-    >>> report = probe(kernel, causal=True)
+    >>> report = probe(kernel, causal=True, skip=["later values NaN"])
     >>> [line.case for line in report.lines if line.trouble]
-    ['later keys x 1e5', 'later keys NaN', 'far keys, later near']
+    ['later keys x 1e5', 'later keys NaN', 'far keys, later near', 'prefix alone']
     """
-    checks.flag("causal", causal)
-    dtype = number_type(dtype)
-    run = called_for(kernel, like)
-    rng = np.random.default_rng(0)
-    q, k, v, w = (rng.standard_normal((N, D)).astype(dtype) for _ in range(4))
+    convention = convention_of(like)
+    call = Caller(kernel, library_of(xp or convention.arrays, device), convention.layout)
+    n, d = _shape(shape)
+    if lead is None:
+        lead = () if like is None else LEAD
+    bench, w = _inputs(call, (*_lead(lead), n, d), number_type(dtype))
+    window = _window(window, causal, windowed, convention)
+    hidden = None if hidden is None else _hidden(hidden, n)
+    _callables(causal, resume, windowed)
+    table = _table(bench, w, causal, window, hidden, linear, resume, windowed)
+    left_out = _left_out(skip, (*table, "inputs unchanged"))
     title = title or getattr(kernel, "__name__", type(kernel).__name__)
-    y = run(q, k, v)
-    if y is None or y is ...:
+    with np.errstate(all="ignore"):  # NaN and infinity are wanted here
+        return _report(bench, title, table, left_out)
+
+
+def _report(bench, title, table, left_out):
+    found = bench.ask(*bench.inputs)
+    if found is None or found is ...:
         return Report(title, hint="The kernel returned nothing.")
-    first = compare("finite", y, np.zeros((N, D)), np.inf)
-    if first.trouble:
-        return Report(title, [first])
-    y = np.asarray(y).astype(float)
-    # The same sums in another order: a few eps of their size for each term.
-    budget = 8 * N * eps_of(dtype) * abs(v.astype(float)).max()
-    lines = [first, compare("same again", run(q, k, v), y, 0.0)]
-    if linear:
-        mixed = (2 * v.astype(float) - 3 * w.astype(float)).astype(dtype)
-        wanted = 2 * y - 3 * np.asarray(run(q, k, w)).astype(float)
-        lines.append(compare("linear in v", run(q, k, mixed), wanted, 16 * budget))
-    if not causal and window is None:
-        order = rng.permutation(N)
-        lines.append(compare("keys shuffled", run(q, k[order], v[order]), y, budget))
-        lines.append(compare("queries shuffled", run(q[order], k, v), y[order], budget))
-    if causal:
-        for case, factor in (("later keys x 1e5", 1e5), ("later keys NaN", np.nan)):
-            lines.append(_future(case, run, q, k, v, y, budget, factor))
-        # A maximum over all keys underflows the far ones once a later key comes near.
-        far = (30 * k.astype(float)).astype(dtype)
-        with np.errstate(all="ignore"):
-            at_far = np.asarray(run(q, far, v)).astype(float)
-        lines.append(_future("far keys, later near", run, q, far, v, at_far, budget, 1e-5))
-    if window is not None:
-        left, right = checks.window(window, causal)
-        lines.append(_outside(run, q, k, v, y, budget, left, right))
+    lines = [bench.start("finite", found)]
+    if bench.y is None:
+        return Report(title, lines)
+    for case, promise in table.items():
+        if promise and case not in left_out:
+            lines.append(promise(bench, case))
+    if "inputs unchanged" not in left_out:
+        lines.insert(1, bench.unchanged("inputs unchanged"))
     return Report(title, lines)
 
 
-def _future(case, run, q, k, v, y, budget, factor):
-    """Change what comes after position i, for several i: rows up to i must stay."""
-    lines = []
-    for i in (0, 1, N // 2, N - 2):
-        later = np.arange(N)[:, None] > i
-        with np.errstate(all="ignore"):
-            bad = [np.where(later, x * x.dtype.type(factor), x).astype(x.dtype) for x in (k, v)]
-        lines.append(_stays(case, run, q, bad, y, budget, slice(0, i + 1)))
-    return _worst(lines)
+def _table(bench, w, causal, window, hidden, linear, resume, windowed):
+    """{line's name: promise(bench, case)}, in order; a false one where it does not apply."""
+    n, anyhow = bench.n, not causal and window is None
+    return {
+        "batch independence": bench.q[..., 0, 0].size > 1 and promises.batch_independence,
+        "linear in v": checks.flag("linear", linear) and partial(promises.linear_in_v, w=w),
+        "keys shuffled": anyhow and hidden is None and promises.keys_shuffled,
+        "queries shuffled": anyhow and promises.queries_shuffled,
+        **unseen("later {} {}", causal and later_than(n)),
+        "far keys, later near": causal and promises.far_keys_later_near,
+        "prefix alone": causal and hidden is None and promises.prefix_alone,
+        "split and resume": resume and partial(promises.split_and_resume, resume=resume),
+        **unseen("{} out of window {}", window and out_of_window(n, *window)),
+        **unseen("hidden {} {}", hidden is not None and [(hidden, True)]),
+        "window of n equals full": windowed and partial(promises.wide_window, windowed=windowed),
+        "same again": promises.same_again,  # last: nothing may be left of all the calls before
+    }
 
 
-def _outside(run, q, k, v, y, budget, left, right):
-    """NaN everywhere that query i may not see, for several i: its row must stay."""
-    lines = []
-    for i in (0, N // 2, N - 1):
-        j = np.arange(N)[:, None]
-        out = (j < i - left) | (j > i + right)
-        bad = [np.where(out, np.nan, x).astype(x.dtype) for x in (k, v)]
-        rows = slice(i, i + 1)
-        lines.append(_stays("keys out of window NaN", run, q, bad, y, budget, rows))
-    return _worst(lines)
+def _inputs(call, shape, dtype):
+    """A bench with the same numbers on every call, and other values.
+
+    Scores are of order 1 at scale 1. Values are of one size, so that an error of a whole value
+    stands out against a budget for the largest.
+    """
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal(shape) / shape[-1] ** 0.25 for _ in range(2))
+    v, w = (rng.uniform(0.5, 1, shape) * rng.choice([-1, 1], shape) for _ in range(2))
+    q, k, v, w = (x.astype(dtype) for x in (q, k, v, w))
+    return Bench(call, q, k, v), w
 
 
-def _stays(case, run, q, bad, y, budget, rows):
-    """A line on these rows of the answer to changed keys and values."""
-    with np.errstate(all="ignore"):
-        again = run(q, *bad)
-    return compare(case, _rows(again, rows), y[rows], budget)
+def _shape(shape):
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+        raise ValueError(f"shape is {shape!r}; expected (n, d), such as (24, 8)")
+    n, d = shape
+    return checks.whole("n", n, least=4), checks.whole("d", d, least=1)
 
 
-def _worst(lines):
-    """The first line with trouble, or else the one with the largest error."""
-    return max(lines, key=lambda line: (bool(line.trouble), 0 if line.trouble else line.error))
+def _lead(lead):
+    if not isinstance(lead, (tuple, list)):
+        raise TypeError(f"lead is {lead!r}; expected a tuple of sizes, such as (2, 3)")
+    return [checks.whole("each entry of lead", size, least=1) for size in lead]
 
 
-def _rows(y, rows):
-    """Some rows of an answer; what is no array is left for the comparison to refuse."""
-    return y[rows] if isinstance(y, np.ndarray) and y.ndim == 2 else y
+def _window(window, causal, windowed, convention):
+    """(left, right) as refattn counts, or None."""
+    causal = checks.flag("causal", causal)
+    if window is None:
+        return None
+    if windowed is not None:
+        raise ValueError("windowed came with window; expected a kernel without one, to equal")
+    options = Reference("local_attention", convention).translated(
+        {"window": window, "causal": causal}
+    )
+    return checks.window(options["window"], causal)
+
+
+def _hidden(hidden, n):
+    """(n, 1) bool."""
+    hidden = np.asarray(hidden)
+    if hidden.dtype != bool:
+        raise TypeError(f"hidden has dtype {hidden.dtype}; expected bool, True where no query sees")
+    if hidden.shape != (n,) or not hidden.any():
+        came = f"shape {hidden.shape}" if hidden.shape != (n,) else "no True"
+        raise ValueError(f"hidden has {came}; expected ({n},), some of it True")
+    return hidden[:, None]
+
+
+def _callables(causal, resume, windowed):
+    named = {"resume(q, k, v, state)": resume, "windowed(window)": windowed}
+    for name, function in named.items():
+        if function is not None and not callable(function):
+            came = type(function).__name__
+            raise TypeError(f"{name.split('(')[0]} is {came}; expected a function {name}")
+    if resume is not None and not causal:
+        raise ValueError("resume came without causal=True; a part cannot see what comes later")
+
+
+def _left_out(skip, names):
+    if isinstance(skip, str) or not isinstance(skip, Collection):
+        raise TypeError(f"skip is {skip!r}; expected a collection of names, such as ['same again']")
+    for name in skip:
+        checks.choice("an entry of skip", name, names)
+    return set(skip)

@@ -16,13 +16,15 @@ class Mistake:
     """A mistake, a sentence that tells it, and its output.
 
     ``output(run, q, k, v, options)`` gives y or None where the mistake says nothing about these
-    options; ``run(q, k, v, **options)`` is the right attention.
+    options; ``run(q, k, v, **options)`` is the right attention. Arrays are those of one head,
+    (n, d), unless ``across_heads``. ``met.py`` says where it, or what leads to it, was met.
     """
 
     name: str
     tells: str
     mechanisms: tuple
     output: Callable
+    across_heads: bool = False
 
 
 def changed(options, **new):

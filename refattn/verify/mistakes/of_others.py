@@ -1,90 +1,27 @@
-"""Mistakes in linear forms, projections, blocks and gates, and those of any attention."""
+"""Mistakes in projections, blocks and gates, and those of any attention."""
 
 import numpy as np
 
 import refattn
-from refattn.linear.feature_maps import feature_map_of
-from refattn.verify.mistakes.base import (
-    ALL,
-    LINEAR,
-    Mistake,
-    changed,
-    scale_of,
-    without,
-)
+from refattn.verify.mistakes.base import ALL, LINEAR, Mistake, without
 
 
 def _swapped(run, q, k, v, options):
     return run(q, v, k, **options) if k.shape == v.shape else None
 
 
-def _epsilon(epsilon):
-    """y times den / (den + epsilon)."""
+def _parts(combine):
+    """Parts over blocks of keys, combined without exp(lse_i - lse)."""
 
     def output(run, q, k, v, options):
-        if not options.get("normalize", True):
+        if options.get("fuse") != "exact":
             return None
-        num = run(q, k, v, **changed(options, normalize=False))
-        den = run(q, k, np.ones((len(k), 1)), **changed(options, normalize=False))
-        return num / (den + epsilon)
+        block, scale = options["block"], options.get("scale")
+        cuts = [slice(i, i + block) for i in range(0, len(k), block)]
+        parts = [refattn.softmax_attention(q, k[cut], v[cut], scale=scale) for cut in cuts]
+        return combine(parts, axis=0)
 
     return output
-
-
-def _linear_strict(run, q, k, v, options):
-    if not options.get("causal", run is refattn.linear_attention_chunked):
-        return None
-    if options.get("key_mask") is not None or options.get("initial_state") is not None:
-        return None
-    num = run(q, k, v, **changed(options, normalize=False))
-    den = run(q, k, np.ones((len(k), 1)), **changed(options, normalize=False))
-    phi = feature_map_of(options.get("feature_map", "elu"))
-    own = (phi.query(q) * phi.key(k)).sum(axis=1, keepdims=True)
-    num, den = num - own * v, den - own
-    if not options.get("normalize", True):
-        return num
-    den[0] = 0
-    return np.where(den == 0, 0, num / np.where(den == 0, 1, den))
-
-
-def _elu_without_one(run, q, k, v, options):
-    if options.get("feature_map", "elu") != "elu":
-        return None
-
-    def elu(x):
-        return np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
-
-    bare = refattn.FeatureMap(query=elu, key=elu)
-    return run(q, k, v, **changed(options, feature_map=bare))
-
-
-def _future_seen(run, q, k, v, options):
-    if not options.get("causal", run is refattn.linear_attention_chunked):
-        return None
-    return run(q, k, v, **changed(options, causal=False))
-
-
-def _performer_without_norms(run, q, k, v, options):
-    """exp(omega x) without exp(-|x|^2 / 2)."""
-    if options.get("kind", "positive") != "positive" or options.get("causal"):
-        return None
-    root, omega = scale_of(q, options) ** 0.5, options["omega"]
-    a, b = root * q @ omega.T, root * k @ omega.T
-    a, b = np.exp(a - a.max(axis=1, keepdims=True)), np.exp(b - b.max())
-    if options.get("key_mask") is not None:
-        b = np.where(np.asarray(options["key_mask"])[..., None], b, 0)
-    return (a @ (b.T @ v)) / (a @ b.sum(axis=0))[:, None]
-
-
-def _parts_without_weights(run, q, k, v, options):
-    if options.get("fuse") != "exact":
-        return None
-    block, scale = options["block"], options.get("scale")
-    parts = range(0, len(k), block)
-    ys = [
-        refattn.softmax_attention(q, k[i : i + block], v[i : i + block], scale=scale) for i in parts
-    ]
-    return np.mean(ys, axis=0)
 
 
 def _summaries_of_weight_one(run, q, k, v, options):
@@ -121,53 +58,18 @@ def _ungated(run, q, k, v, options):
 
 
 MISTAKES = [
-    Mistake(
-        "causal missing",
-        "later keys are seen",
-        ("softmax_attention", "local_attention", *LINEAR, "performer_attention"),
-        _future_seen,
-    ),
-    Mistake(
-        "strict causal",
-        "a query does not see its own key: j < i instead of j <= i",
-        LINEAR,
-        _linear_strict,
-    ),
-    Mistake(
-        "normaliser forgotten",
-        "the output is not divided by phi(q) . z",
-        LINEAR,
-        lambda run, q, k, v, o: (
-            run(q, k, v, **changed(o, normalize=False)) if o.get("normalize", True) else None
-        ),
-    ),
     Mistake("keys and values swapped", "the call is (q, v, k)", ALL, _swapped),
-    *(
-        Mistake(
-            "epsilon in the denominator",
-            f"{epsilon:g} is added to phi(q) . z",
-            LINEAR,
-            _epsilon(epsilon),
-        )
-        for epsilon in (1e-6, 1e-4, 1e-3)
-    ),
-    Mistake(
-        "elu without the one",
-        "phi is elu, which may be negative, not elu + 1",
-        LINEAR,
-        _elu_without_one,
-    ),
-    Mistake(
-        "feature norms missing",
-        "phi is exp(omega x) without exp(-|x|^2 / 2)",
-        ("performer_attention",),
-        _performer_without_norms,
-    ),
     Mistake(
         "blocks averaged without weights",
         "parts are averaged, not weighted with exp(lse_i - lse)",
         ("block_attention",),
-        _parts_without_weights,
+        _parts(np.mean),
+    ),
+    Mistake(
+        "blocks summed without weights",
+        "parts are added, not weighted with exp(lse_i - lse)",
+        ("block_attention",),
+        _parts(np.sum),
     ),
     Mistake(
         "summaries of weight one",

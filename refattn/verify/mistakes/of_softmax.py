@@ -12,6 +12,7 @@ from refattn.verify.mistakes.base import (
     scale_of,
     without,
 )
+from refattn.verify.visible import stands_at, visible
 
 
 def _rescaled(factor):
@@ -24,35 +25,15 @@ def _rescaled(factor):
     return output
 
 
-def _weights(q, k, options):
+def weights(q, k, options):
     """exp of the scores less the row's maximum, and who may be seen, of a softmax attention."""
     s = scale_of(q, options) * (q @ k.mT)
     if options.get("softcap"):
         s = options["softcap"] * np.tanh(s / options["softcap"])
     if options.get("bias") is not None:
         s = s + options["bias"]
-    seen = _seen(len(q), len(k), options)
+    seen = visible(len(q), len(k), options)
     return np.where(seen, s, -np.inf), seen
-
-
-def _seen(n, m, options):
-    mask = options.get("mask")
-    seen = np.ones((n, m), bool)
-    if mask is not None:
-        seen = seen & (mask.toarray() if hasattr(mask, "indptr") else mask)
-    if options.get("bias") is not None:
-        seen = seen & (np.asarray(options["bias"]) > -np.inf)
-    if "window" in options:
-        window = {x: options[x] for x in ("window", "causal", "dilation") if x in options}
-        seen = seen & refattn.masks.local(n, m=m, **window).toarray()
-    elif options.get("causal"):
-        seen = seen & (np.arange(m) <= _stands_at(n, m, options))
-    return seen
-
-
-def _stands_at(n, m, options):
-    """The key that each query stands at, (n, 1)."""
-    return np.arange(n)[:, None] + (0 if options.get("top_left") else m - n)
 
 
 def _masked(seen, q, k, v, options):
@@ -62,13 +43,13 @@ def _masked(seen, q, k, v, options):
 
 
 def _unnormalised(run, q, k, v, options):
-    s, _ = _weights(q, k, options)
+    s, _ = weights(q, k, options)
     return np.exp(s - s.max(axis=1, keepdims=True, initial=-1e300)) @ v
 
 
 def _maximum_not_subtracted(run, q, k, v, options):
     """What float32 gives: infinities over infinities where a score passes 88."""
-    s, seen = _weights(q, k, options)
+    s, seen = weights(q, k, options)
     with np.errstate(over="ignore"):
         a = np.where(seen, np.exp(s.astype(np.float32)), 0)
     total = a.sum(axis=1, keepdims=True)
@@ -76,7 +57,7 @@ def _maximum_not_subtracted(run, q, k, v, options):
 
 
 def _over_queries(run, q, k, v, options):
-    s, seen = _weights(q, k, options)
+    s, seen = weights(q, k, options)
     a = np.exp(s - s.max(axis=0, keepdims=True, initial=-1e300))
     total = a.sum(axis=0, keepdims=True)
     return np.where(seen, a / np.where(total == 0, 1, total), 0) @ v
@@ -86,8 +67,8 @@ def _strict(run, q, k, v, options):
     if not options.get("causal") or "window" in options:
         return None
     n, m = len(q), len(k)
-    before = np.arange(m) < _stands_at(n, m, options)
-    return _masked(_seen(n, m, options) & before, q, k, v, options)
+    before = np.arange(m) < stands_at(n, m, options)
+    return _masked(visible(n, m, options) & before, q, k, v, options)
 
 
 def _top_left(run, q, k, v, options):
@@ -101,7 +82,7 @@ def _top_left(run, q, k, v, options):
         seen = refattn.masks.local(max(n, m), **window).toarray()[:n, :m]
     else:
         seen = np.arange(m) <= np.arange(n)[:, None]
-    return _masked(seen & _seen(n, m, free), q, k, v, options)
+    return _masked(seen & visible(n, m, free), q, k, v, options)
 
 
 def _bottom_right(run, q, k, v, options):
@@ -116,7 +97,7 @@ def _inverted(run, q, k, v, options):
     if mask is None:
         return None
     dense = mask.toarray() if hasattr(mask, "indptr") else np.asarray(mask)
-    seen = _seen(len(q), len(k), {key: x for key, x in options.items() if key != "mask"}) & ~dense
+    seen = visible(len(q), len(k), {key: x for key, x in options.items() if key != "mask"}) & ~dense
     return _masked(seen, q, k, v, options)
 
 
@@ -135,7 +116,7 @@ def _softcap_after_mask(run, q, k, v, options):
     s = scale_of(q, options) * (q @ k.mT)
     if options.get("bias") is not None:
         s = s + options["bias"]
-    s = cap * np.tanh(np.where(_seen(n, m, options), s, -np.inf) / cap)
+    s = cap * np.tanh(np.where(visible(n, m, options), s, -np.inf) / cap)
     a = np.exp(s - s.max(axis=1, keepdims=True, initial=-1e300))
     return (a / a.sum(axis=1, keepdims=True)) @ v if m else None
 
@@ -160,20 +141,20 @@ def _tail_dropped(tile):
         whole = len(k) // tile * tile
         if not 0 < whole < len(k):
             return None
-        seen = _seen(len(q), len(k), options) & (np.arange(len(k)) < whole)
+        seen = visible(len(q), len(k), options) & (np.arange(len(k)) < whole)
         return _masked(seen, q, k, v, options)
 
     return output
 
 
 def _empty_rows_mean(run, q, k, v, options):
-    empty = ~_seen(len(q), len(k), options).any(axis=1)
+    empty = ~visible(len(q), len(k), options).any(axis=1)
     y = run(q, k, v, **options)
     return np.where(empty[:, None], v.mean(axis=0), y) if empty.any() else None
 
 
 def _empty_rows_nan(run, q, k, v, options):
-    empty = ~_seen(len(q), len(k), options).any(axis=1)
+    empty = ~visible(len(q), len(k), options).any(axis=1)
     y = run(q, k, v, **options)
     return np.where(empty[:, None], np.nan, y) if empty.any() else None
 
