@@ -1,42 +1,43 @@
 """python -m refattn check | cost: hold a kernel against the truth; show what each form costs."""
 
 import argparse
-import importlib
-import inspect
+import os
 import sys
-from pathlib import Path
+import textwrap
 
 import refattn
 from refattn.course import table
 from refattn.examples import examples
 from refattn.verify import check
 from refattn.verify.like import CONVENTIONS
+from refattn.verify.shell import (
+    MECHANISMS,
+    OPTIONS,
+    flag,
+    load_function,
+    mechanism_options,
+    seconds,
+    taken,
+    whole_numbers,
+)
 
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+CHECK = (
+    "Call MODULE:FUNCTION as kernel(q, k, v), arrays (..., n, d), (..., m, d), (..., m, e) to "
+    "(..., n, e), and compare with the truth in float64. Exit status 0 where it is right, 1 where "
+    "it is not, 2 where it could not be asked."
+)
+CHECK_EXAMPLES = """examples:
+  Your own local attention, in kernels.py of this folder, on NumPy arrays:
+    python -m refattn check kernels:local --mechanism local_attention --window 64 --causal
 
-def window(text):
-    """64 or 64,0."""
-    sides = [int(side) for side in text.split(",")]
-    return sides[0] if len(sides) == 1 else tuple(sides)
+  A kernel of torch tensors with batch and heads, with its automatic gradients, on a GPU:
+    python -m refattn check kernels:flash --mechanism softmax_attention --causal \\
+        --like torch --device cuda --dtype float16 --gradients --cases tiles
 
-
-# Options that a command line can give, and how their values are read; None for a switch.
-OPTIONS = {
-    "causal": None,
-    "window": window,
-    "dilation": int,
-    "scale": float,
-    "softcap": float,
-    "feature_map": str,
-    "chunk": int,
-    "block": int,
-    "fuse": str,
-    "pool": str,
-}
-MECHANISMS = [
-    name
-    for name in refattn.__all__
-    if hasattr(refattn, f"{name}_vjp") and name != "gated_attention"
-]
+  Options that are arrays come from Python: in kernels.py, chosen = {"omega": ...}, then
+    python -m refattn check kernels:mine --mechanism performer_attention --options kernels:chosen
+"""
 
 
 def parser():
@@ -45,24 +46,90 @@ def parser():
     one = commands.add_parser(
         "check",
         help="hold a kernel against refattn and be told what is wrong with it",
-        description="Call MODULE:FUNCTION as kernel(q, k, v) on one head, arrays (n, d), (m, d), "
-        "(m, e) to (n, e), and compare with the truth in float64. Exit status 0 where it is right, "
-        "1 where it is not, 2 where it could not be asked.",
-        epilog="example: python -m refattn check my_module:my_kernel --mechanism local_attention "
-        "--window 64 --causal",
+        usage="python -m refattn check MODULE:FUNCTION --mechanism NAME [--OPTION VALUE ...]",
+        description=textwrap.fill(CHECK, 90),
+        epilog=CHECK_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    one.add_argument("kernel", help="MODULE:FUNCTION, found from the current folder too")
-    one.add_argument("--mechanism", required=True, choices=MECHANISMS)
-    one.add_argument(
-        "--dtype", default="float32", choices=["float32", "float64", "float16", "bfloat16"]
-    )
-    one.add_argument("--like", choices=list(CONVENTIONS), help="the library of the kernel's arrays")
-    one.add_argument("--square", action="store_true", help="leave out the cases with n != m")
-    one.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_kernel(one)
+    add_cases(one)
+    group = one.add_argument_group("options of the mechanism")
     for name, read in OPTIONS.items():
-        flag = "--" + name.replace("_", "-")
         kind = {"action": "store_true"} if read is None else {"type": read}
-        one.add_argument(flag, **kind, default=None, help="an option of the mechanism")
+        takers = ", ".join(m.removesuffix("_attention") for m in MECHANISMS if name in taken(m))
+        group.add_argument(flag(name), **kind, default=None, help=f"of {takers}")
+    group.add_argument(
+        "--options",
+        metavar="MODULE:NAME",
+        help="a dict of options, or a function that returns one: for arrays and functions, such as "
+        "mask, omega, E or gate",
+    )
+    add_cost(commands)
+    return main
+
+
+def add_kernel(one):
+    one.add_argument(
+        "kernel", metavar="MODULE:FUNCTION", help="the kernel, found from the current folder too"
+    )
+    one.add_argument(
+        "--mechanism",
+        required=True,
+        choices=MECHANISMS,
+        metavar="NAME",
+        help="what it should be equal to: " + ", ".join(MECHANISMS),
+    )
+    one.add_argument("--dtype", default="float32", choices=DTYPES, help="default float32")
+    one.add_argument(
+        "--like",
+        choices=list(CONVENTIONS),
+        help="the library whose arrays, layout and conventions the kernel follows",
+    )
+    one.add_argument("--xp", metavar="NAME", help="the library of its arrays alone, such as torch")
+    one.add_argument("--device", help="where the arrays lie, such as cuda")
+    one.add_argument(
+        "--gradients",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="MODULE:FUNCTION",
+        help="check dq, dk and dv too: the library's automatic ones, or those of a function "
+        "(dy, q, k, v) -> (dq, dk, dv)",
+    )
+    one.add_argument(
+        "--time-limit",
+        type=seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="for one case (default 60)",
+    )
+    one.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def add_cases(one):
+    sizes = one.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--cases",
+        default="default",
+        choices=["default", "square", "tiles"],
+        help="square: n = m only; tiles: multiples of 64 only",
+    )
+    sizes.add_argument(
+        "--size",
+        type=whole_numbers(4),
+        action="append",
+        metavar="N,M,D,E",
+        help="sizes of your own: queries, keys, columns of q and k, of v; may be given again",
+    )
+    one.add_argument(
+        "--lead",
+        type=whole_numbers(1, 2, 3, least=1),
+        metavar="B,H",
+        help="axes ahead of the tokens: batch and heads (default 2,3 with --like, else none)",
+    )
+
+
+def add_cost(commands):
     costs = commands.add_parser(
         "cost",
         help="counted FLOPs, bytes and workspace of every mechanism",
@@ -73,40 +140,28 @@ def parser():
     costs.add_argument("--d", type=int, default=64, help="columns of q, k and v (default 64)")
     costs.add_argument("--itemsize", type=int, default=4, help="bytes of a number (default 4)")
     costs.add_argument("--only", default="", help="settings whose name holds this")
-    return main
-
-
-def load(name):
-    """The function MODULE:FUNCTION, or ValueError saying what is not there."""
-    module, _, function = name.partition(":")
-    if not function:
-        raise ValueError(f"kernel is {name!r}; expected MODULE:FUNCTION, such as my_module:kernel")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise ValueError(f"module {module!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(f"module {module!r} has no function {function!r}")
-    return found
 
 
 def run_check(options):
-    given = {name: getattr(options, name) for name in OPTIONS}
-    given = {name: value for name, value in given.items() if value is not None}
-    taken = inspect.signature(getattr(refattn, options.mechanism)).parameters
-    for name in given:
-        if name not in taken:
-            known = ", ".join("--" + o.replace("_", "-") for o in OPTIONS if o in taken)
-            raise ValueError(f"{options.mechanism} has no option {name}; it has {known}")
+    gradients = options.gradients
+    if isinstance(gradients, str):
+        gradients = load_function(gradients, "gradients")
+    shown = not options.json and sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
+    kernel, inner = load_function(options.kernel, "kernel"), mechanism_options(options)
     report = check(
-        load(options.kernel),
+        kernel,
         options.mechanism,
         dtype=options.dtype,
-        cases="square" if options.square else "default",
         like=options.like,
+        xp=options.xp,
+        device=options.device,
+        gradients=gradients,
+        cases=options.size or options.cases,
+        lead=options.lead,
+        time_limit=options.time_limit,
+        progress=shown,
         hint="The kernel returned nothing.",
-        **given,
+        **inner,
     )
     print(report.to_json() if options.json else report)
     return 0 if report.passed else 1

@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from refattn.verify.features.mistakes import MISTAKES as FEATURE_MISTAKES  # noqa: E402
 from refattn.verify.like import CONVENTIONS, HOUSE  # noqa: E402
 from refattn.verify.mistakes import GRADIENT_MISTAKES, MISTAKES  # noqa: E402
 from refattn.verify.mistakes.met import MET  # noqa: E402
@@ -16,7 +17,12 @@ WRITTEN = "<!-- written by scripts/pages.py: change the table in the code, then 
 def table(header, rows):
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(str(x).replace("|", "\\|") for x in line) + " |" for line in lines
+        )
+        + "\n"
+    )
 
 
 def conventions():
@@ -73,6 +79,9 @@ def mistakes():
         parts.append(
             f"\n## {title}\n\n" + table(["name", "what it says", "attentions", "met"], rows)
         )
+    rows = [[m.name, m.tells, m.met] for m in FEATURE_MISTAKES]
+    parts.append("\n## Of random features\n\n`check_features` names these by their statistics.\n\n")
+    parts.append(table(["name", "what it says", "met"], rows))
     return "".join(parts)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import refattn
 from refattn.verify import check_features
-from refattn.verify.feature_mistakes import MISTAKES
+from refattn.verify.features.mistakes import MISTAKES
 from refusals import refused
 
 SIZES = [2, 4, 8, 16]

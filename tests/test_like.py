@@ -145,6 +145,12 @@ class TestTorch:
         assert "wrote to its input q" in words(lambda q, k, v: self.sdpa(q.mul_(1.0).add_(1), k, v))
         assert "on meta, expected one on cpu" in words(lambda q, k, v: v.to("meta"))
 
+    def test_devices(self):
+        report = check(self.sdpa, "softmax_attention", like="torch", device="cpu")
+        assert report.passed, report
+        with pytest.raises(ValueError, match="device is 'nowhere'"):
+            check(self.sdpa, "softmax_attention", like="torch", device="nowhere")
+
     def test_strided_tensors(self):
         """A kernel may give a tensor that does not lie in order."""
         report = check(
@@ -211,6 +217,12 @@ class TestJAX:
         asked = {"like": "jax", "dtype": "float64", "gradients": True}
         report = check(own, "softmax_attention", **asked)
         assert report.passed, report
+
+    def test_devices(self):
+        report = check(self.attend, "softmax_attention", like="jax", device="cpu")
+        assert report.passed, report
+        with pytest.raises(ValueError, match="device is 'nowhere'"):
+            check(self.attend, "softmax_attention", like="jax", device="nowhere")
 
     def test_wrong_kernels_are_told(self):
         report = check(

@@ -8,67 +8,255 @@ from pathlib import Path
 import pytest
 
 import refattn
-from refattn.__main__ import MECHANISMS, main
+from refattn.__main__ import main
+from refattn.verify.shell import MECHANISMS
 
 KERNELS = """
+import sys
+import time
 import numpy as np
 import refattn
 
 def right(q, k, v):
     return refattn.local_attention(q, k, v, window=(4, 0))
 
+def softmax(q, k, v):
+    return refattn.softmax_attention(q, k, v)
+
+def softmax_vjp(dy, q, k, v):
+    return refattn.softmax_attention_vjp(dy, q, k, v)
+
+def wrong_vjp(dy, q, k, v):
+    dq, dk, dv = refattn.softmax_attention_vjp(dy, q, k, v)
+    return dq, 3 * dk, dv
+
 def unscaled(q, k, v):
     return refattn.softmax_attention(q, k, v, scale=1.0)
+
+def square_only(q, k, v):
+    if len(q) != len(k):
+        raise ValueError("n != m")
+    return softmax(q, k, v)
+
+def slow(q, k, v):
+    time.sleep(5)
 
 def empty(q, k, v):
     pass
 
+def on_heads(q, k, v):
+    assert q.shape[:2] == (2, 3)
+    return softmax(q, k, v)
+
+class Kernels:
+    right = staticmethod(softmax)
+
 number = 3
+omega = {"omega": refattn.random_features(4, 6, rng=0)}
+gate = {"gate": np.array(0.5), "window": 2, "attention": refattn.local_attention}
+E = {"E": np.ones((2, 13)) / 13}
+twice = {"window": 3}
+unknown = {"dtype": "float16"}
+
+def mask():
+    return {"mask": refattn.masks.strided(13, 3)}
+
+def broken_options():
+    raise KeyError("no file")
+
+def performer(q, k, v):
+    return refattn.performer_attention(q, k, v, **omega)
+
+def linformer(q, k, v):
+    return refattn.linformer_attention(q, k, v, **E)
+
+def sparse(q, k, v):
+    return refattn.sparse_attention(q, k, v, **mask())
+
+def gated(q, k, v):
+    return refattn.gated_attention(q, k, v, **gate)
 """
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     (tmp_path / "my_kernels.py").write_text(KERNELS)
+    (tmp_path / "my_broken.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "my_kernels", raising=False)
     return tmp_path
 
 
-def test_a_right_kernel_exits_with_0(folder, capsys):
-    options = ["--mechanism", "local_attention", "--window", "4", "--causal"]
-    assert main(["check", "my_kernels:right", *options]) == 0
-    assert "right: right" in capsys.readouterr().out
-    options = ["--mechanism", "local_attention", "--window", "4,0", "--dtype", "float16"]
-    assert main(["check", "my_kernels:right", *options, "--square"]) == 0
+@pytest.fixture
+def ask(folder, capsys):
+    """The exit status, what was printed, and what went to stderr."""
+
+    def run(kernel, mechanism, *options):
+        try:
+            status = main(["check", f"my_kernels:{kernel}", "--mechanism", mechanism, *options])
+        except SystemExit as stopped:  # argparse's way out
+            status = stopped.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
-def test_a_wrong_kernel_exits_with_1_and_is_told_why(folder, capsys):
-    assert main(["check", "my_kernels:unscaled", "--mechanism", "softmax_attention"]) == 1
-    assert "scale missing" in capsys.readouterr().out
-    main(["check", "my_kernels:unscaled", "--mechanism", "softmax_attention", "--json"])
-    report = json.loads(capsys.readouterr().out)
-    assert report["passed"] is False and "scale missing" in report["diagnosis"][0]
+def cases(out):
+    return [line["case"] for line in json.loads(out)["lines"]]
+
+
+def test_a_right_kernel_exits_with_0(ask):
+    status, out, _ = ask("right", "local_attention", "--window", "4", "--causal")
+    assert status == 0 and "right: right" in out
+    status, *_ = ask("right", "local_attention", "--window", "4,0", "--dtype", "float16")
+    assert status == 0
+    assert ask("Kernels.right", "softmax_attention")[0] == 0
+
+
+def test_a_wrong_kernel_exits_with_1_and_is_told_why(ask):
+    status, out, _ = ask("unscaled", "softmax_attention")
+    assert status == 1 and "scale missing" in out
+    status, out, _ = ask("unscaled", "softmax_attention", "--json")
+    report = json.loads(out)
+    assert status == 1 and report["passed"] is False and "scale missing" in report["diagnosis"][0]
     assert {line["case"] for line in report["lines"]} >= {"one token", "more keys"}
-    assert main(["check", "my_kernels:empty", "--mechanism", "softmax_attention"]) == 1
-    assert "returned nothing" in capsys.readouterr().out
+    status, out, _ = ask("empty", "softmax_attention")
+    assert status == 1 and "returned nothing" in out
+
+
+def test_the_cases_can_be_chosen(ask):
+    assert ask("square_only", "softmax_attention")[0] == 1
+    status, out, _ = ask("square_only", "softmax_attention", "--cases", "square", "--json")
+    assert status == 0 and not {"more keys", "fewer keys"} & set(cases(out))
+    status, out, _ = ask("softmax", "softmax_attention", "--cases", "tiles", "--json")
+    assert status == 0 and "three tiles" in cases(out)
+    sizes = ["--size", "3,3,2,2", "--size", "5,4,2,3"]
+    status, out, _ = ask("softmax", "softmax_attention", *sizes, "--json")
+    assert status == 0 and cases(out)[:2] == ["n 3, m 3, d 2, e 2", "n 5, m 4, d 2, e 3"]
+
+
+def test_leading_axes_can_be_asked_for(ask):
+    assert ask("on_heads", "softmax_attention")[0] == 1
+    assert ask("on_heads", "softmax_attention", "--lead", "2,3")[0] == 0
+
+
+def test_gradients_of_a_function(ask):
+    options = ["--size", "5,5,4,3", "--gradients"]
+    assert ask("softmax", "softmax_attention", *options, "my_kernels:softmax_vjp")[0] == 0
+    status, out, _ = ask("softmax", "softmax_attention", *options, "my_kernels:wrong_vjp")
+    assert status == 1 and "dk is 3 times what is wanted" in out
+
+
+def test_automatic_gradients_of_a_library(ask, folder):
+    pytest.importorskip("torch")
+    (folder / "my_tensors.py").write_text(
+        "import torch\n"
+        "def kernel(q, k, v):\n"
+        "    return torch.nn.functional.scaled_dot_product_attention(q, k, v)\n"
+    )
+    for library in (["--like", "torch"], ["--xp", "torch", "--device", "cpu"]):
+        options = ["--mechanism", "softmax_attention", "--size", "5,5,4,4", "--gradients"]
+        assert main(["check", "my_tensors:kernel", *options, *library]) == 0
+    status, _, words = ask("softmax", "softmax_attention", "--xp", "torch", "--device", "abacus")
+    assert status == 2 and "device is 'abacus'" in words
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mechanism", "named"),
+    [
+        ("performer", "performer_attention", "omega"),
+        ("linformer", "linformer_attention", "E"),
+        ("sparse", "sparse_attention", "mask"),
+        ("gated", "gated_attention", "gate"),
+    ],
+)
+def test_options_that_are_arrays_come_from_python(ask, kernel, mechanism, named):
+    options = ["--options", f"my_kernels:{named}"]
+    status, out, _ = ask(kernel, mechanism, *options)
+    assert status == 0, out
+    assert ask("empty", mechanism, *options)[0] == 1
+    status, _, words = ask(kernel, mechanism)
+    assert status == 2
+    assert f"{mechanism} needs {named}: give it by --options MODULE:NAME" in words
+
+
+def test_flags_join_the_options_from_python(ask):
+    options = ["--options", "my_kernels:omega", "--scale", "0.5"]
+    assert ask("performer", "performer_attention", *options)[0] == 1
 
 
 @pytest.mark.parametrize(
     ("kernel", "options", "words"),
     [
-        ("my_kernels", [], "expected MODULE:FUNCTION"),
-        ("no_such:thing", [], "'no_such' cannot be imported"),
-        ("my_kernels:missing", [], "has no function 'missing'"),
-        ("my_kernels:number", [], "has no function 'number'"),
+        ("my_kernels", [], "expected MODULE:NAME"),
+        (":right", [], "expected MODULE:NAME"),
+        ("no_such:thing", [], "'no_such' cannot be imported: ModuleNotFoundError"),
+        ("my_broken:thing", [], "'my_broken' cannot be imported: ZeroDivisionError"),
+        ("my_kernels:missing", [], "has no 'missing'"),
+        ("my_kernels:number", [], "kernel my_kernels:number is int; expected a function"),
         ("my_kernels:right", ["--window", "3"], "softmax_attention has no option window"),
         ("my_kernels:right", ["--softcap", "-1"], "softcap is -1.0"),
+        ("my_kernels:right", ["--xp", "no_such"], "xp is 'no_such', which cannot be imported"),
+        ("my_kernels:right", ["--gradients"], "gradients=True came for arrays of numpy"),
+        ("my_kernels:right", ["--gradients", "my_kernels:number"], "gradients my_kernels:number"),
+        ("my_kernels:right", ["--options", "my_kernels:number"], "is int; expected a dict"),
+        ("my_kernels:right", ["--options", "my_kernels:broken_options"], "raised KeyError"),
+        ("my_kernels:right", ["--options", "my_kernels:omega"], "has no option omega"),
+        ("my_kernels:right", ["--options", "my_kernels:unknown"], "has no option dtype"),
     ],
 )
 def test_what_cannot_be_asked_exits_with_2(folder, capsys, kernel, options, words):
     assert main(["check", kernel, "--mechanism", "softmax_attention", *options]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "options", "words"),
+    [
+        ("local_attention", [], "local_attention needs window: give it by --window"),
+        (
+            "local_attention",
+            ["--window", "3", "--options", "my_kernels:twice"],
+            "window came twice: as --window and in my_kernels:twice",
+        ),
+        ("local_attention", ["--window", "1,2,3"], "expected 1 or 2 integers >= 0, such as 8,4"),
+        ("local_attention", ["--window", "wide"], "'wide' came; expected 1 or 2 integers"),
+        ("softmax_attention", ["--size", "3,3"], "'3,3' came; expected 4 integers >= 0"),
+        ("softmax_attention", ["--lead", "0"], "integers >= 1"),
+        ("softmax_attention", ["--time-limit", "0"], "'0' came; expected seconds > 0"),
+        ("softmax_attention", ["--time-limit", "soon"], "'soon' came; expected seconds > 0"),
+        ("softmax_attention", ["--cases", "few"], "invalid choice: 'few'"),
+        ("softmax_attention", ["--cases", "tiles", "--size", "1,1,1,1"], "not allowed with"),
+        ("softmax_attention", ["--like", "abacus"], "invalid choice: 'abacus'"),
+    ],
+)
+def test_what_is_misspelt_exits_with_2(ask, mechanism, options, words):
+    status, _, told = ask("right", mechanism, *options)
+    assert status == 2 and words in told
+
+
+def test_a_time_limit(ask):
+    options = ["--size", "2,2,2,2", "--time-limit", "0.02"]
+    status, out, _ = ask("slow", "softmax_attention", *options)
+    assert status == 1 and "took longer than 0.02 s" in out
+
+
+@pytest.mark.parametrize(
+    ("terminal", "disabled", "options", "shown"),
+    [
+        (True, "", [], True),
+        (False, "", [], False),
+        (True, "1", [], False),
+        (True, "", ["--json"], False),
+    ],
+)
+def test_a_bar_where_somebody_looks(ask, monkeypatch, terminal, disabled, options, shown):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setenv("TQDM_DISABLE", disabled)
+    status, out, words = ask("softmax", "softmax_attention", "--size", "2,2,2,2", *options)
+    assert status == 0 and ("n 2, m 2, d 2, e 2" in words) is shown
+    assert "n 2, m 2, d 2, e 2" in out
 
 
 def test_costs(capsys):
@@ -84,7 +272,8 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         main(["check", "--help"])
     out = capsys.readouterr().out
-    assert "example:" in out and all(name in out for name in MECHANISMS)
+    assert out.count("python -m refattn check kernels:") == 3
+    assert all(name in out for name in MECHANISMS)
 
 
 def test_as_a_module():

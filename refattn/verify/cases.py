@@ -130,7 +130,7 @@ def _sizes_of(cases):
         given = []
     if not given:
         raise ValueError(
-            f"cases is {cases!r}; expected 'default', 'square', 'tiles' or sizes [(n, m, d, e), ...]"
+            f"cases is {cases!r}; expected 'default', 'square', 'tiles' or [(n, m, d, e), ...]"
         )
     return {"n {}, m {}, d {}, e {}".format(*size): size for size in given}, given[-1]
 

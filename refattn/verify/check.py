@@ -137,7 +137,7 @@ def check(
     wide = {name: cast(value, np.float64) for name, value in low.items()}
     lines, seen, misfit = [], [], None
     asked = trials(name, cases, dtype, options, lead, same_columns=convention.same_columns)
-    bar = tqdm.tqdm(list(asked), disable=not progress)
+    bar = tqdm.tqdm(list(asked), disable=not progress, leave=False)
     for trial in bar:
         bar.set_description(trial.name)
         try:

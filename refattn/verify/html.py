@@ -7,7 +7,7 @@ from html import escape
 import numpy as np
 
 from refattn.course import STYLE
-from refattn.verify.parts import Part
+from refattn.verify.findings.parts import Part
 from refattn.verify.report import HEADER
 
 LOWEST = -3.0  # errors below a thousandth of the budget look alike

@@ -49,7 +49,12 @@ class Torch(NumPy):
             x = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
         else:
             x = torch.from_numpy(x)
-        return x if self.device is None else x.to(self.device)
+        if self.device is None:
+            return x
+        try:
+            return x.to(self.device)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"device is {self.device!r}; torch: {error}") from error
 
     def take(self, y):
         import torch
@@ -84,7 +89,13 @@ class JAX(NumPy):
     def give(self, x):
         import jax
 
-        return jax.device_put(x, self.device)
+        device = self.device
+        if isinstance(device, str):
+            try:
+                device = jax.devices(device)[0]
+            except RuntimeError as error:
+                raise ValueError(f"device is {device!r}; jax: {error}") from error
+        return jax.device_put(x, device)
 
     def take(self, y):
         import jax

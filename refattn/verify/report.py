@@ -72,8 +72,8 @@ class Report:
     @property
     def worst(self):
         """The array of ``seen`` with the largest error over its budget, a
-        ``refattn.verify.parts.Part``; None where none was seen."""
-        from refattn.verify.parts import Part  # which imports this module for its lines
+        ``refattn.verify.findings.parts.Part``; None where none was seen."""
+        from refattn.verify.findings.parts import Part  # which imports this module for its lines
 
         parts = [Part(name, x) for x in self.seen for name in x.got]
         return max(parts, key=lambda part: part.over, default=None)

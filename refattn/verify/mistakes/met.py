@@ -8,6 +8,7 @@ MET = {
     "scale missing": "mlc-ai/mlc-llm #3426: a fallback path with scale 1",
     "scale squared": "pytorch/pytorch #109366: fourth roots on q and k taken for two scalings",
     "scale upside down": "AI-Hypercomputer/maxtext #1370: the exponent's sign",
+    "exp2 taken for exp": "sgl-project/sglang #35045: base 2 and base e mixed when parts are merged",
     "scale of the wrong dimension": "lucidrains/vit-pytorch #65: the model's width, not the head's",
     "strict causal": "pbloem/former #10: an offset that hides the diagonal",
     "top-left alignment": "Dao-AILab/flash-attention #282, #402: decoding with more keys than queries",

@@ -179,6 +179,12 @@ MISTAKES = [
         _rescaled(lambda scale, q, v, o: 1 / scale if scale not in (-1, 0, 1) else None),
     ),
     Mistake(
+        "exp2 taken for exp",
+        "2 is raised to the scores, not e: they lack a factor of log2(e)",
+        SOFTMAX,
+        _rescaled(lambda scale, q, v, o: scale * np.log(2) if scale else None),
+    ),
+    Mistake(
         "scale of the wrong dimension",
         "the scale is 1/sqrt(e), of the values' columns, not of the keys'",
         SCALED,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refattn.verify.cases import eps_of
-from refattn.verify.sample import cosines, unit
+from refattn.verify.features.sample import cosines, unit
 
 
 @dataclass(frozen=True)

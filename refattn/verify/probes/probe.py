@@ -6,13 +6,13 @@ from functools import partial
 import numpy as np
 
 from refattn import checks
-from refattn.verify import promises
-from refattn.verify.bench import Bench
 from refattn.verify.call import Caller
 from refattn.verify.cases import number_type
 from refattn.verify.libraries import library_of
 from refattn.verify.like import LEAD, Reference, convention_of
-from refattn.verify.promises import later_than, out_of_window, unseen
+from refattn.verify.probes import promises
+from refattn.verify.probes.bench import Bench
+from refattn.verify.probes.promises import later_than, out_of_window, unseen
 from refattn.verify.report import Report
 
 

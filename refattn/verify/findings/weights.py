@@ -6,18 +6,15 @@ parts that are the softmax of the scores that are seen.
 
 import numpy as np
 
-from refattn.verify.multiples import CERTAIN, digits, of_sizes, uncertainty
-from refattn.verify.parts import MODERATE, products_of, top_score
-from refattn.verify.precision import BITS, lower_types, nearest
+from refattn.verify.findings.multiples import CERTAIN, digits, of_sizes, uncertainty
+from refattn.verify.findings.parts import MODERATE, products_of, top_score
+from refattn.verify.findings.precision import BITS, lower_types, nearest
 
 STARTS = (1.0, 0.5, 2.0, -1.0, 0.1, 10.0)  # where the search for a factor begins
 STEPS = 20
 FEW = 3  # cases that a factor is estimated in, the smallest
 MOST_SCORES = 2**17
-NAMED = {
-    "ln 2, as if exp2 were taken for exp": np.log(2),
-    "log2(e), as if exp were taken for exp2": 1 / np.log(2),
-}
+NAMED = {"log2(e), as if exp were taken for exp2": 1 / np.log(2)}
 
 
 def softmax_of(part, factor=1.0, left_out=None, bits=None):

@@ -6,10 +6,10 @@ that fails, and is four times nearer there than the right array.
 
 import numpy as np
 
-from refattn.verify.multiples import multiple, offset, rows_multiplied
-from refattn.verify.parts import ENOUGH
-from refattn.verify.precision import rounded_once
-from refattn.verify.weights import OF_SOFTMAX, VALUES, is_softmax, rescaled
+from refattn.verify.findings.multiples import multiple, offset, rows_multiplied
+from refattn.verify.findings.parts import ENOUGH
+from refattn.verify.findings.precision import rounded_once
+from refattn.verify.findings.weights import OF_SOFTMAX, VALUES, is_softmax, rescaled
 
 MOST_ROWS = 1024  # rows are looked up among each other up to here
 

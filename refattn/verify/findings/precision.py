@@ -3,7 +3,7 @@
 import numpy as np
 
 from refattn.verify.cases import SPECIAL
-from refattn.verify.parts import ENOUGH, sizes
+from refattn.verify.findings.parts import ENOUGH, sizes
 
 BITS = {"bfloat16": 8, "float16 or TF32": 11, "float32": 24}
 # log2 of the error over what is wanted, root mean squares, mean over the cases: what attention
@@ -56,7 +56,7 @@ def low_precision(parts):
     for name in lower_types(parts[0]):
         if LEAVES[name][0] <= logs.mean() < LEAVES[name][1]:
             size = f"about 2^{round(logs.mean())} of what is wanted in every case"
-            return f"The error of {{it}} is {size}, as much as {name} arithmetic leaves."
+            return f"The error of {{it}} is {size}, as much as {name} would leave."
     return ""
 
 

@@ -10,9 +10,9 @@ from functools import partial
 
 import numpy as np
 
-from refattn.verify.bench import Bench, as_numbers, times, worst
 from refattn.verify.compare import compare
 from refattn.verify.libraries import WrongKind
+from refattn.verify.probes.bench import Bench, as_numbers, times, worst
 
 # What an unseen key and its value are multiplied by, in turn.
 POISON = {

@@ -3,9 +3,9 @@
 import numpy as np
 
 from refattn import checks
-from refattn.verify.feature_mistakes import mistakes_of
+from refattn.verify.features.mistakes import mistakes_of
+from refattn.verify.features.sample import Sample, held, statistics
 from refattn.verify.report import Report
-from refattn.verify.sample import Sample, held, statistics
 
 ROWS = 40_000  # of the large draw: at d = 8 a bias of 0.11 is 7.7 standard errors
 NOTHING = "gave nothing"

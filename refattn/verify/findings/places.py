@@ -6,17 +6,18 @@ the array's name, or "" where nothing holds in all of them.
 
 import numpy as np
 
-from refattn.verify.parts import listed
+from refattn.verify.findings.parts import listed
 
 TILES = (4, 8, 16, 32, 64, 128)
 FEW = 4
 
 
 def instead(parts):
-    """What every wrong entry is, if it is NaN, infinite or 0."""
+    """What every wrong entry is, if it is NaN, infinite or one number."""
     found = np.concatenate([part.y[part.wrong] for part in parts])
-    kinds = {"NaN": np.isnan, "infinite": np.isinf, "0": lambda y: y == 0}
-    words = next((words for words, holds in kinds.items() if holds(found).all()), "")
+    one = f"{found[0]:.6g}"
+    kinds = {"NaN": np.isnan, "infinite": np.isinf, one: lambda y: (y == y[0]).all() & (y.size > 1)}
+    words = next((words for words, holds in kinds.items() if np.all(holds(found))), "")
     if not words:
         return ""
     pairs = [(p.wrong.any(axis=-1), p.wrong.all(axis=-1)) for p in parts if p.failed]

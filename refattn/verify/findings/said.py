@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from refattn.verify import places
-from refattn.verify.failing import which_fail
-from refattn.verify.parts import Part, listed
-from refattn.verify.precision import growing, low_precision, out_of_range
-from refattn.verify.relations import relation
+from refattn.verify.findings import places
+from refattn.verify.findings.failing import which_fail
+from refattn.verify.findings.parts import Part, listed
+from refattn.verify.findings.precision import growing, low_precision, out_of_range
+from refattn.verify.findings.relations import relation
 
 MOST = 5
 ARRAYS = ("y", "dq", "dk", "dv")

@@ -5,7 +5,7 @@ Each function takes the parts that fail and gives words for what they are, "" wh
 
 import numpy as np
 
-from refattn.verify.parts import ENOUGH, sizes
+from refattn.verify.findings.parts import ENOUGH, sizes
 
 CERTAIN = 0.1  # a factor's uncertainty, relative, beyond which it is not stated
 
@@ -76,9 +76,9 @@ def of_sizes(parts, factors, slack):
 
 
 def digits(x, slack):
-    """As many digits as are certain, six at most."""
+    """As many digits as are certain and one more, six at most."""
     certain = np.log10(abs(x) / slack) if slack and x else 6
-    return f"{x:.{int(np.clip(certain, 1, 6))}g}"
+    return f"{x:.{int(np.clip(np.ceil(certain), 2, 6))}g}"
 
 
 def _from_to(factors):
@@ -144,9 +144,9 @@ def _columns(part):
 
 
 def uncertainty(part, off, square, factor):
-    """How far a least-squares factor may be off, from what it leaves."""
+    """How far a least-squares factor may be off, from what it leaves, which may not be random."""
     left = np.sqrt((off**2).mean())
-    return 4 * left / np.sqrt(square) + 4 * part.seen.eps * abs(factor)
+    return max(4.0, np.sqrt(off.size)) * left / np.sqrt(square) + 4 * part.seen.eps * abs(factor)
 
 
 def _by_keys(part, fit, power):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from refattn.verify.cases import SPECIAL
-from refattn.verify.parts import Part, listed, sizes, top_score
+from refattn.verify.findings.parts import Part, listed, sizes, top_score
 
 SHAPES = {
     "one token": lambda n, m, d, e: n == m == 1,
@@ -11,6 +11,8 @@ SHAPES = {
     "n > m, more queries than keys,": lambda n, m, d, e: n > m,
     "n < m, fewer queries than keys,": lambda n, m, d, e: n < m,
     "n = m": lambda n, m, d, e: n == m,
+}
+COLUMNS = {
     "d != e": lambda n, m, d, e: d != e,
     "d = e": lambda n, m, d, e: d == e,
 }
@@ -36,10 +38,11 @@ def which_fail(seen, arrays):
     return (
         _made(failing)
         or _one_key(failing, right)
-        or _shape(failing, right)
+        or _shape(failing, right, SHAPES)
         or _scores(failing, right)
         or _bounds(failing, plain)
         or _multiples(failing, plain)
+        or _shape(failing, plain, COLUMNS)
     )
 
 
@@ -65,8 +68,8 @@ def _gives_its_value(x):
     return v.shape[-2] == 1 and bool(np.all(x.wanted["y"].value == v))
 
 
-def _shape(failing, right):
-    for words, holds in SHAPES.items():
+def _shape(failing, right, shapes):
+    for words, holds in shapes.items():
         fits = [[holds(**sizes(x)) for x in xs] for xs in (failing, right)]
         if all(fits[0]) and not any(fits[1]):
             return f"Only the cases with {words} fail."
