@@ -15,7 +15,7 @@ PYTEST = $(SIZE) $(QUIET) $(PY) -m pytest -n 2 --dist worksteal --doctest-module
 STRIP = --keep-output --keep-count --keep-id \
 	--extra-keys "cell.metadata.execution metadata.language_info"
 
-.PHONY: help course test figures pages check lint format coverage mutants lock clean
+.PHONY: help course test figures pages check bench lint format coverage mutants lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,17 @@ pages: $(READY)  ## write docs/ from the tables in refattn.verify
 
 check: $(READY)  ## run the notebooks and compare with the outputs that are in them
 	@$(PY) scripts/notebooks.py check
+
+bench: .venv/.peers  ## time the compiled attentions beside other software (under 15 minutes)
+	@$(PY) -m benchmarks
+
+# What does not build is left out, and the table says so.
+.venv/.peers: $(READY) benchmarks/requirements.txt
+	@echo 'Installing benchmarks/requirements.txt, several minutes the first time ...'
+	@$(PY) -m pip install --quiet --no-compile -r benchmarks/requirements.txt setuptools wheel ninja
+	-@PATH="$(CURDIR)/.venv/bin:/usr/bin:/bin" $(PY) -m pip install --quiet --no-build-isolation \
+		--no-deps pytorch-fast-transformers==0.4.0
+	@touch $@
 
 lint: $(READY)  ## check code and notebooks, change nothing
 	@$(PY) -m ruff check

@@ -1,4 +1,4 @@
-"""python -m refattn check | cost: hold a kernel against the truth; show what each form costs."""
+"""python -m refattn check | cost | bench: hold a kernel against the truth; count and time ours."""
 
 import argparse
 import os
@@ -65,6 +65,17 @@ def parser():
         "mask, omega, E or gate",
     )
     add_cost(commands)
+    times = commands.add_parser(
+        "bench",
+        help="times of the compiled attentions on this machine",
+        description="Median time of each compiled attention, and its share of the rate of a "
+        "float32 matrix product. `make bench` sets other software beside it.",
+        epilog="example: python -m refattn bench --only local --memory",
+    )
+    times.add_argument("--only", default="", help="works whose name holds this")
+    times.add_argument("--seconds", type=seconds, default=2.0, help="for each work (default 2)")
+    times.add_argument("--growth", action="store_true", help="fit the slope of time against N")
+    times.add_argument("--memory", action="store_true", help="measure the peak of memory")
     return main
 
 
@@ -186,11 +197,21 @@ def run_cost(options):
     return 0
 
 
+def run_bench(options):
+    from refattn import bench  # which imports the compiler
+
+    print(bench.alone(options.only, options.seconds, growing=options.growth, peaks=options.memory))
+    return 0
+
+
+RUN = {"check": run_check, "cost": run_cost, "bench": run_bench}
+
+
 def main(arguments=None):
     """Run a command; the exit status."""
     options = parser().parse_args(arguments)
     try:
-        return run_check(options) if options.command == "check" else run_cost(options)
+        return RUN[options.command](options)
     except (ValueError, TypeError) as error:
         print(f"python -m refattn {options.command}: {error}", file=sys.stderr)
         return 2

@@ -25,6 +25,8 @@ def masked_matmul(a, b, allowed):
 
 def sum_to_shape(x, shape):
     """Sum ``x`` over the axes that broadcasting added to or stretched from ``shape``."""
+    if x.shape == tuple(shape):
+        return x  # a sum over no axis would copy it
     x = x.sum(axis=tuple(range(x.ndim - len(shape))))
     stretched = tuple(axis for axis, size in enumerate(shape) if size == 1 != x.shape[axis])
     return x.sum(axis=stretched, keepdims=True) if stretched else x

@@ -77,6 +77,16 @@ def cotangent(name, x, shape, dtype):
     return x.astype(dtype, copy=False).astype(compute_dtype(dtype), copy=False)
 
 
+def saved(value, shape, dtype):
+    """(y, lse) of a forward pass in the dtype of the arithmetic, or None where None came."""
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"saved is {type(value).__name__}; expected a pair (y, lse)")
+    pairs = zip(("saved y", "saved lse"), value, (shape, shape[:-1]), strict=True)
+    return tuple(cotangent(name, x, wanted, dtype) for name, x, wanted in pairs)
+
+
 def sizes(n, m, d, e):
     """Sizes of one head, as costs take them."""
     named = {"n": (n, 0), "m": (m, 0), "d": (d, 1), "e": (e, 0)}

@@ -5,6 +5,8 @@ A public function is written once, in ``refattn/MECHANISM/formula.py``, under th
 (Numba CUDA) of the same folder, and is imported when it is first asked for.
 """
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import inspect
@@ -13,6 +15,8 @@ MODULES = {"numba": "cpu", "cuda": "cuda"}
 NEEDS = {"numba": "pip install numba", "cuda": "pip install 'numba-cuda[cu13]'"}
 BACKENDS = ("numpy", *MODULES)
 ROW_FORMS, ROW_COSTS, BY_POSITION = {}, {}, {}
+# Where a composed formula's inner calls go: see ``composed``.
+_INSIDE = contextvars.ContextVar("_INSIDE", default="numpy")
 
 
 class BackendUnavailable(RuntimeError):
@@ -25,9 +29,12 @@ def backends(formula):
 
     @functools.wraps(formula)
     def run(*args, backend="numpy", **options):
+        backend = _INSIDE.get() if backend == "numpy" else backend
         if backend == "numpy":
             return formula(*args, **options)
-        return _find(mechanism, formula.__name__, backend)(*args, **options)
+        kernel = _find(mechanism, formula.__name__, backend)
+        with _inside("numpy"):  # a kernel that falls back on a formula means the formula
+            return kernel(*args, **options)
 
     signature = inspect.signature(formula)
     keyword = inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default="numpy")
@@ -37,7 +44,30 @@ def backends(formula):
     return run
 
 
-def rows_of(attention, cost=None, by_position=lambda sizes: True):
+def composed(formula, backend):
+    """An implementation made of others: the formula as it stands, every attention inside it on
+    ``backend``. For what is only a few array operations around an attention that has a kernel."""
+    body = formula.__wrapped__
+
+    @functools.wraps(body)
+    def run(*args, **options):
+        with _inside(backend):
+            return body(*args, **options)
+
+    return run
+
+
+@contextlib.contextmanager
+def _inside(backend):
+    """Calls that name no backend go to this one."""
+    token = _INSIDE.set(backend)
+    try:
+        yield
+    finally:
+        _INSIDE.reset(token)
+
+
+def rows_of(attention, cost=None, by_position=lambda sizes: True, backend="numpy"):
     """Register how some rows of ``attention`` are computed without the others.
 
     The function registered takes (rows, n, m, **options), rows being sorted query positions, and
@@ -47,17 +77,25 @@ def rows_of(attention, cost=None, by_position=lambda sizes: True):
 
     ``cost``, (rows, n, m, d, e, **sizes) -> Cost, is needed where the work of a row depends on its
     position, and ``by_position`` says for which of the cost's sizes it does; else the attention's
-    own cost serves with len(rows) for n.
+    own cost serves with len(rows) for n. A ``backend`` may have a form of its own.
     """
 
     def register(form):
-        ROW_FORMS[attention.__name__] = form
+        ROW_FORMS[attention.__name__, backend] = form
         if cost is not None:
             ROW_COSTS[attention.__name__] = cost
             BY_POSITION[attention.__name__] = by_position
         return form
 
     return register
+
+
+def row_form(name):
+    """The registered form of an attention, that of the backend which runs here if it has one."""
+    form, backend = ROW_FORMS[name, "numpy"], _INSIDE.get()
+    if backend in MODULES:
+        importlib.import_module(f"{form.__module__.rsplit('.', 1)[0]}.{MODULES[backend]}")
+    return ROW_FORMS.get((name, backend), form)
 
 
 def _find(mechanism, name, backend):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import refattn
 from cases import MECHANISMS, cases
 from numbers_of import exact
-from refattn.dispatch import ROW_FORMS
+from refattn.dispatch import row_form
 from refusals import refused
 
 EPS = float(np.finfo(float).eps)
@@ -357,7 +357,7 @@ def test_no_positions_at_all(fuse):
 @pytest.mark.parametrize("rows", [[0, 3, 4, 9], [5], list(range(10)), []])
 def test_rows(name, options, rows):
     q, k, v, rng = draw(10, 10)
-    forward, vjp, form = ROW_FORMS[name](np.array(rows, int), 10, 10, **options)
+    forward, vjp, form = row_form(name)(np.array(rows, int), 10, 10, **options)
     y = getattr(refattn, name)(q, k, v, **options)
     np.testing.assert_allclose(forward(q[rows], k, v, **form), y[rows], rtol=1e-13, atol=1e-15)
     dy = rng.standard_normal(y.shape)
@@ -371,7 +371,7 @@ def test_rows_in_half_precision_are_rounded_once():
     q, k, v, _ = draw(6, 6)
     q, k, v = (x.astype(np.float16) for x in (q, k, v))
     rows = np.array([1, 4])
-    forward, _, form = ROW_FORMS["two_level_attention"](rows, 6, 6, block=2)
+    forward, _, form = row_form("two_level_attention")(rows, 6, 6, block=2)
     y = forward(q[rows], k, v, **form)
     assert y.dtype == np.float16
     np.testing.assert_array_equal(y, two_level(q, k, v, block=2)[rows])
@@ -380,7 +380,7 @@ def test_rows_in_half_precision_are_rounded_once():
 @pytest.mark.parametrize("fuse", FUSED)
 def test_fused_rows_do_not_go_one_by_one(fuse):
     weights = {"weights": np.ones(3)} if fuse == "weighted" else {}
-    assert ROW_FORMS["block_attention"](np.arange(2), 9, 9, block=3, fuse=fuse, **weights) is None
+    assert row_form("block_attention")(np.arange(2), 9, 9, block=3, fuse=fuse, **weights) is None
 
 
 # ---- cost
@@ -509,7 +509,7 @@ def test_weights(fuse, weights, error, words):
         block_vjp(out, x, x, w, block=2, fuse=fuse, weights=weights)
     if weights is None or fuse != "weighted":
         with refused(error, *words):
-            ROW_FORMS["block_attention"](np.arange(2), 4, 4, block=2, fuse=fuse, weights=weights)
+            row_form("block_attention")(np.arange(2), 4, 4, block=2, fuse=fuse, weights=weights)
 
 
 @pytest.mark.parametrize("fuse", ["concat", *FUSED])
@@ -537,7 +537,7 @@ def test_two_level_options(suffix, options, error, words):
     with refused(ValueError, "q has 2 rows", "k has 4"):
         two_level(x[:2], x, w, block=2)
     with refused(ValueError, "q has 2 rows", "k has 4"):
-        ROW_FORMS["two_level_attention"](np.arange(1), 2, 4, block=2)
+        row_form("two_level_attention")(np.arange(1), 2, 4, block=2)
 
 
 def test_the_output_of_a_fusion_fixes_the_shape_of_dy():

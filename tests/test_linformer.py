@@ -10,7 +10,7 @@ import refattn
 from cases import MECHANISMS
 from definitions.linformer import segment_means
 from numbers_of import exact
-from refattn.dispatch import ROW_FORMS
+from refattn.dispatch import row_form
 from refattn.linformer import projections
 from refusals import refused
 
@@ -154,7 +154,7 @@ def test_some_rows_without_the_others():
     q, k, v, rng = draw(9, 6, 3, 2)
     E, dy = rng.standard_normal((4, 6)), rng.standard_normal((9, 2))
     rows = np.array([0, 3, 8])
-    forward, vjp, options = ROW_FORMS["linformer_attention"](rows, 9, 6, E=E, scale=0.4)
+    forward, vjp, options = row_form("linformer_attention")(rows, 9, 6, E=E, scale=0.4)
     y = linformer(q, k, v, E=E, scale=0.4)
     np.testing.assert_allclose(forward(q[rows], k, v, **options), y[rows], rtol=1e-13, atol=1e-15)
     open_ = np.isin(np.arange(9), rows)[:, None]

@@ -285,3 +285,31 @@ def test_as_a_module():
         check=True,
     )
     assert "softmax" in run.stdout
+
+
+def test_bench(capsys, monkeypatch):
+    from refattn import bench
+
+    small = [
+        bench.Work("local", (1, 64, 8), bench.forward(refattn.local_attention, window=4), 10),
+        bench.Work(
+            "both",
+            (1, 64, 8),
+            bench.both(refattn.softmax_attention, refattn.softmax_attention_vjp, True),
+        ),
+        bench.Work(
+            "neither",
+            (1, 64, 8),
+            bench.both(refattn.local_attention, refattn.local_attention_vjp, window=2),
+        ),
+    ]
+    monkeypatch.setattr(bench, "works", lambda: small)
+    monkeypatch.setattr(bench, "matmul_rate", lambda: 1e9)
+    sizes = ((64, 128), lambda n: {"window": 4}, "local_attention", 1.05)
+    monkeypatch.setattr(bench, "GROWTH", {"local": sizes})
+    monkeypatch.setattr(bench, "MEMORY_OF", {"local_attention": ("{'window': 4}", (64,))})
+    assert main(["bench", "--seconds", "0.01", "--growth", "--memory"]) == 0
+    out = capsys.readouterr().out
+    assert "local" in out and "slope" in out and "MB by N" in out and "64: " in out
+    assert main(["bench", "--only", "abacus"]) == 2
+    assert "no work's name holds 'abacus'" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import numpy as np
 from refattn import checks
 from refattn.arrays import sum_to_shape
 from refattn.cost import Cost
-from refattn.dispatch import BY_POSITION, ROW_COSTS, ROW_FORMS, backends
+from refattn.dispatch import BY_POSITION, ROW_COSTS, backends, row_form
 from refattn.gates.options import Heads, gradient_names, rounded_options
 from refattn.softmax.formula import softmax_attention
 
@@ -242,7 +242,7 @@ def companion(attention, suffix):
 
 
 def _row_form(attention, rows, heads, at):
-    return ROW_FORMS[attention.__name__](rows, heads.n, heads.m, **heads.head_options(at))
+    return row_form(attention.__name__)(rows, heads.n, heads.m, **heads.head_options(at))
 
 
 def _opened(gate):
@@ -269,7 +269,7 @@ def _prepare(q, k, v, gate, attention, options):
     heads = Heads(q, k, v, rounded_options(options, dtype) if ours else options)
     form = None
     if ours:
-        form = ROW_FORMS[attention.__name__](np.arange(0), heads.n, heads.m, **heads.options)
+        form = row_form(attention.__name__)(np.arange(0), heads.n, heads.m, **heads.options)
     if form is not None:
         checks.fits("gate", gate, (*heads.lead, heads.n, v.shape[-1]))
         gate = np.broadcast_to(gate, np.broadcast_shapes(gate.shape, (heads.n, 1)))

@@ -101,7 +101,7 @@ def block_attention(q, k, v, *, block, fuse="concat", weights=None, scale=None):
     array([[3.75, 3.75, 3.75, 3.75]])
     """
     q, k, v, dtype = checks.qkv(q, k, v)
-    block, weights = _options(q, k, v, dtype, block, fuse, weights)
+    block, weights = checked_options(q, k, v, dtype, block, fuse, weights)
     if fuse == "exact":
         return merged(q, k, v, block, scale)[0].astype(dtype, copy=False)
     lead, (n, e) = checks.lead(q, k, v), (q.shape[-2], v.shape[-1])
@@ -170,7 +170,7 @@ def block_attention_vjp(dy, q, k, v, *, block, fuse="concat", weights=None, scal
     """
     q, k, v, dtype = checks.qkv(q, k, v)
     shape_w = np.shape(weights)
-    block, weights = _options(q, k, v, dtype, block, fuse, weights)
+    block, weights = checked_options(q, k, v, dtype, block, fuse, weights)
     n, e = q.shape[-2], v.shape[-1]
     shape = (*checks.lead(q, k, v), n if fuse in ("concat", "exact") else block, e)
     dy = checks.cotangent("dy", dy, shape, dtype)
@@ -267,7 +267,7 @@ def _cost_of_rows(rows, n, m, d, e, *, block, fuse="concat", weights=None, **siz
     cost=_cost_of_rows,
     by_position=lambda sizes: sizes.get("fuse", "concat") == "concat",
 )
-def _rows(rows, n, m, *, block, fuse="concat", weights=None, scale=None):
+def some_rows(rows, n, m, *, block, fuse="concat", weights=None, scale=None):
     """A block-diagonal mask for "concat"; "exact" takes any queries; the others mix rows."""
     block = _sizes(n, m, block, fuse)
     _weights_fit(fuse, weights)
@@ -309,7 +309,7 @@ def _weights_fit(fuse, weights):
         raise ValueError(f"weights came with fuse={fuse!r}; only fuse='weighted' takes them")
 
 
-def _options(q, k, v, dtype, block, fuse, weights):
+def checked_options(q, k, v, dtype, block, fuse, weights):
     """The checked block, and the weights in the dtype of the arithmetic."""
     n = q.shape[-2]
     block = _sizes(n, k.shape[-2], block, fuse)

@@ -155,7 +155,7 @@ def two_level_attention_cost(n, m, d, e, *, block, pool="mean", scale=None, item
     True
     """
     n, m, d, e = checks.sizes(n, m, d, e)
-    block = _sizes(n, m, block, pool)
+    block = checked_sizes(n, m, block, pool)
     b, parts = min(block, n), -(-n // block)
     far = n * max(0, parts - 1)
     pairs = n // block * block**2 + (n % block) ** 2 + far
@@ -181,7 +181,7 @@ def _cost_of_rows(rows, n, m, d, e, *, block, pool="mean", scale=None, itemsize=
 @rows_of(two_level_attention, cost=_cost_of_rows)
 def _rows(rows, n, m, *, block, pool="mean", scale=None):
     """Queries are independent of each other, but each must know its block."""
-    block = _sizes(n, m, block, pool)
+    block = checked_sizes(n, m, block, pool)
     return _attend, _attend_vjp, {"rows": rows, "block": block, "pool": pool, "scale": scale}
 
 
@@ -211,8 +211,8 @@ def _attend_vjp(dy, q, k, v, *, rows, block, pool, scale):
         dv[..., own, :] += dvalues[..., :size, :]
         dk_pool[..., far, :] += dkeys[..., size:, :]
         dv_pool[..., far, :] += dvalues[..., size:, :]
-    _unpool(dk, dk_pool, k, parts, pool)
-    _unpool(dv, dv_pool, v, parts, pool)
+    unpool(dk, dk_pool, k, parts, pool)
+    unpool(dv, dv_pool, v, parts, pool)
     return tuple(g.astype(dtype, copy=False) for g in (dq, dk, dv))
 
 
@@ -222,7 +222,7 @@ def _blocks(rows, k, v, block, pool):
     Also where these come from: the slice of own keys, and the other blocks' numbers.
     """
     parts = spans(k.shape[-2], block)
-    k_pool, v_pool = _pooled(k, parts, pool), _pooled(v, parts, pool)  # (..., M, d), (..., M, e)
+    k_pool, v_pool = pooled(k, parts, pool), pooled(v, parts, pool)  # (..., M, d), (..., M, e)
     sizes = np.array([own.stop - own.start for own in parts])
     for i, own in enumerate(parts):
         start, stop = np.searchsorted(rows, (own.start, own.stop))
@@ -235,7 +235,7 @@ def _blocks(rows, k, v, block, pool):
         yield slice(start, stop), keys, values, bias, own, far
 
 
-def _pooled(x, parts, pool):
+def pooled(x, parts, pool):
     """One row a block: (..., M, c)."""
     summary = np.empty((*x.shape[:-2], len(parts), x.shape[-1]), x.dtype)
     for i, own in enumerate(parts):
@@ -244,8 +244,8 @@ def _pooled(x, parts, pool):
     return summary
 
 
-def _unpool(dx, dsummary, x, parts, pool):
-    """Add the gradient of ``_pooled(x)`` to dx."""
+def unpool(dx, dsummary, x, parts, pool):
+    """Add the gradient of ``pooled(x)`` to dx."""
     for i, own in enumerate(parts):
         inside, d = dx[..., own, :], dsummary[..., i, None, :]
         if pool == "mean":
@@ -259,11 +259,11 @@ def _unpool(dx, dsummary, x, parts, pool):
 def _all_rows(q, k, v, block, pool):
     """Every query's position, once q, k, v and the options are found to fit."""
     q, k, *_ = checks.qkv(q, k, v)
-    _sizes(q.shape[-2], k.shape[-2], block, pool)
+    checked_sizes(q.shape[-2], k.shape[-2], block, pool)
     return np.arange(q.shape[-2])
 
 
-def _sizes(n, m, block, pool):
+def checked_sizes(n, m, block, pool):
     """The checked block."""
     block = checks.whole("block", block, least=1)
     checks.choice("pool", pool, POOLS)

@@ -116,6 +116,7 @@ def softmax_attention_vjp(
     softcap=None,
     return_lse=False,
     dlse=None,
+    saved=None,
 ):
     r"""Gradient of ``softmax_attention``: from dy (..., n, e) to (dq, dk, dv), and dbias if given.
 
@@ -129,6 +130,9 @@ def softmax_attention_vjp(
         Gradient of a scalar with respect to y.
     dlse : array (..., n), optional
         Gradient with respect to lse.
+    saved : (y, lse), optional
+        What the forward gave on these arguments with ``return_lse``: a compiled kernel then need
+        not compute it again. The formula does, and only looks at the shapes.
     q, k, v, mask, bias, causal, scale, softcap, backend
         As in the forward. ``return_lse`` is accepted, so that one dict of options serves both.
 
@@ -165,6 +169,7 @@ def softmax_attention_vjp(
     q, k, v, dtype = checks.qkv(q, k, v)
     rows = (*checks.lead(q, k, v), q.shape[-2])
     dy = checks.cotangent("dy", dy, (*rows, v.shape[-1]), dtype)
+    checks.saved(saved, (*rows, v.shape[-1]), q.dtype)
     bias_shape = np.shape(bias)
     bias, allowed = _visible(q, k, v, dtype, mask, bias, causal)
     s, slope = _scores(q, k, bias, allowed, scale, softcap)

@@ -1,0 +1,85 @@
+"""What the compiled kernels on the CPU share: how they are compiled, and how they are run."""
+
+import contextlib
+import functools
+import math
+import threading
+
+import numpy as np
+import scipy.linalg.cython_blas  # noqa: F401  cached kernels call it without asking for it
+import threadpoolctl
+from numba import njit
+
+from refattn.scalars import FASTMATH
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def compiled(function=None, *, parallel=True):
+    """Compile with Numba, once per machine: the machine code is kept on disk where that can be
+    written."""
+    if function is None:
+        return functools.partial(compiled, parallel=parallel)
+    options = {"fastmath": FASTMATH, "parallel": parallel, "nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder that a cache could be in
+        return njit(**options)(function)
+
+
+@functools.cache
+def _blas():
+    """The BLAS libraries of this process, found once."""
+    controller = threadpoolctl.ThreadpoolController()
+    return controller.select(user_api="blas").lib_controllers
+
+
+@contextlib.contextmanager
+def running():
+    """One kernel at a time, with BLAS on one thread inside it.
+
+    The kernels call BLAS from each of Numba's threads: with threads of its own it would fight
+    them. What the caller had set is there again afterwards. Kernels called from several Python
+    threads wait for each other, since each of them uses all cores.
+    """
+    with _ONE_AT_A_TIME:
+        before = [(library, library.num_threads) for library in _blas()]
+        for library, _ in before:
+            library.set_num_threads(1)
+        try:
+            yield
+        finally:
+            for library, threads in before:
+                library.set_num_threads(threads)
+
+
+def ready(x):
+    """The same numbers in memory as kernels take them: in C order, aligned, and writable, since
+    Numba would compile a second time for an array that is not."""
+    return np.require(x, requirements=["C", "A", "W"])
+
+
+def heads_of(*arrays, axes=2):
+    """Arrays (..., a, b) as (H, a, b), with leading axes that broadcast never copied: which of its
+    heads each array gives to each head of the whole.
+
+    Returns the arrays, an int64 array (heads, arrays), and the leading shape.
+    """
+    lead = np.broadcast_shapes(*(x.shape[:-axes] for x in arrays))
+    flat = [ready(x).reshape(math.prod(x.shape[:-axes]), *x.shape[-axes:]) for x in arrays]
+    index = [
+        np.broadcast_to(np.arange(len(f)).reshape(x.shape[:-axes]), lead).reshape(-1)
+        for x, f in zip(arrays, flat, strict=True)
+    ]
+    return flat, ready(np.stack(index, axis=-1).astype(np.int64)), lead
+
+
+def joined(parts, plan, n):
+    """Rows (H, n, d) from parts of them, added in their order: row r0 of part (., ., r0, r1, place)
+    stands at ``place``."""
+    if len(plan) == 1 and parts.shape[1] == n:
+        return parts
+    dq = np.zeros((len(parts), n, parts.shape[-1]), parts.dtype)
+    for _, _, r0, r1, place in plan:
+        dq[:, r0:r1] += parts[:, place : place + r1 - r0]
+    return dq

@@ -1,0 +1,130 @@
+"""The gradient of ``refattn.softmax.tiles.attend``: each tile of weights is computed again.
+
+With P = exp(S - lse): dV = P^T dY, dS = P (dY V^T - delta), delta = rowsum(dY Y) - dlse,
+dQ = dS K, dK = dS^T Q. Tiles are transposed, keys down and queries across, as in the forward.
+"""
+
+import numpy as np
+from numba import prange
+
+from refattn.kernels import compiled
+from refattn.scalars import exp2
+from refattn.softmax.tiles import hide, packed, shape_scores, span_of
+
+WIDE, DEEP, BAND = 64, 64, 8  # queries and keys of a tile, tiles of queries that are packed at once
+
+
+@compiled
+def attend_vjp(dy, q, k, v, heads, spans, pairs, numbers, plan, out):
+    """``out`` = (dq, dk, dv, ds) is written, dq in parts.
+
+    ``pairs`` = (mask, bias, lse, delta): lse and delta (H, n) in units of the scores that exp2
+    takes, lse +inf for a row that saw nothing. ``plan`` (parts, 5) has for each part of the keys
+    its first and last + 1, the same of the queries that see any of them, and where its rows of dq
+    stand; parts do not depend on the number of threads, and each is added up in one order. ``ds``
+    (H, n, m) gets the gradient of the scores, or has size 0.
+    """
+    H, parts = heads.shape[0], plan.shape[0]
+    for task in prange(H * parts):
+        _part(dy, q, k, v, heads[task // parts], spans, pairs, numbers, plan[task % parts], out,
+              task // parts)  # fmt: skip
+
+
+@compiled(parallel=False)
+def _part(dy, q, k, v, at, spans, pairs, numbers, part, out, h):
+    """All queries against the keys of one part, of one head; BAND tiles of queries at a time, so
+    that what is packed of them stays in the second-level cache while the keys go by."""
+    first, last, r0, r1, place = part
+    packs = _packs(q, dy)
+    for start in range(r0, r1, BAND * WIDE):
+        stop = min(start + BAND * WIDE, r1)
+        _pack(packs, dy, q, at[0], spans, pairs, numbers[0], h, start, stop)
+        for j0 in range(first, last, DEEP):
+            j1 = min(j0 + DEEP, last)
+            _keys(packs, dy, k, v, at, pairs, numbers, out, h, (start, stop, j0, j1, place - r0))
+
+
+@compiled(parallel=False)
+def _packs(q, dy):
+    """Room for a band of queries: both ways around, their spans, lse and delta."""
+    d, e = q.shape[2], dy.shape[2]
+    return (
+        np.empty((BAND, d, WIDE), q.dtype),
+        np.empty((BAND, e, WIDE), q.dtype),
+        np.empty((BAND, WIDE, d), q.dtype),
+        np.empty((BAND, WIDE, e), q.dtype),
+        np.empty((2, BAND, WIDE), q.dtype),
+        np.empty((2, BAND, WIDE), np.int64),
+        np.empty((BAND, 4), np.int64),
+    )
+
+
+@compiled(parallel=False)
+def _pack(packs, dy, q, head, spans, pairs, scale, h, start, stop):
+    qT, dyT, qs, dys, shifts, ends, bounds = packs
+    _, _, lse, delta = pairs
+    one = q.dtype.type(1)
+    for i in range((stop - start + WIDE - 1) // WIDE):
+        i0 = start + i * WIDE
+        count = min(WIDE, stop - i0)
+        qT[i] = packed(q[head, i0 : i0 + count], scale, WIDE)
+        dyT[i] = packed(dy[h, i0 : i0 + count], one, WIDE)
+        qs[i, :count], dys[i, :count] = q[head, i0 : i0 + count], dy[h, i0 : i0 + count]
+        qs[i, count:], dys[i, count:] = 0, 0
+        ends[0, i], ends[1, i], bounds[i] = span_of(spans, i0, count, WIDE)
+        shifts[0, i], shifts[1, i] = np.inf, 0  # rows that are not there have no weights
+        for a in range(count):
+            shifts[0, i, a], shifts[1, i, a] = lse[h, i0 + a], delta[h, i0 + a]
+
+
+@compiled(parallel=False)
+def _keys(packs, dy, k, v, at, pairs, numbers, out, h, where):
+    """A band of queries against one tile of keys."""
+    qT, dyT, qs, dys, shifts, ends, bounds = packs
+    dq, dk, dv, ds = out
+    start, stop, j0, j1, offset = where
+    d, e, high = k.shape[2], v.shape[2], j1 - j0
+    kt, vt, dkt, dvt = k[at[1], j0:j1], v[at[2], j0:j1], dk[h, j0:j1], dv[h, j0:j1]
+    st, dpt = np.empty((high, WIDE), k.dtype), np.empty((high, WIDE), k.dtype)
+    slope = np.empty((high if numbers[1] > 0 else 0, WIDE), k.dtype)
+    to_v, to_k = np.empty((high, e), k.dtype), np.empty((high, d), k.dtype)
+    to_q = np.empty((WIDE, d), k.dtype)
+    for i in range((stop - start + WIDE - 1) // WIDE):
+        i0 = start + i * WIDE
+        count = min(WIDE, stop - i0)
+        if j0 >= bounds[i, 3] or j1 <= bounds[i, 0]:
+            continue
+        np.dot(kt, qT[i], st)
+        shape_scores(st, j0, i0, count, at, pairs[0], pairs[1], numbers[1], slope)
+        if j0 < bounds[i, 1] or j1 > bounds[i, 2]:
+            hide(st, j0, ends[0, i], ends[1, i])
+        np.dot(vt, dyT[i], dpt)
+        shift, pull = shifts[0, i], shifts[1, i]
+        for b in range(high):
+            row, drow = st[b], dpt[b]
+            for a in range(WIDE):
+                p = exp2(row[a] - shift[a])
+                row[a] = p
+                drow[a] = p * (drow[a] - pull[a])
+        # y = P @ v
+        np.dot(st, dys[i], to_v)
+        add(dvt, to_v, high)
+        if ds.size > 0:
+            for b in range(high):
+                for a in range(count):
+                    ds[h, i0 + a, j0 + b] = dpt[b, a]
+        # s = scale * q @ k.T, capped
+        if numbers[1] > 0:
+            dpt *= slope
+        np.dot(dpt, qs[i], to_k)
+        add(dkt, to_k, high)
+        np.dot(dpt.T, kt, to_q)
+        add(dq[h, i0 + offset : i0 + offset + count], to_q, count)
+
+
+@compiled(parallel=False)
+def add(total, part, rows):
+    """total += part in its first rows."""
+    for a in range(rows):
+        for c in range(part.shape[1]):
+            total[a, c] += part[a, c]
