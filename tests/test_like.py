@@ -151,6 +151,18 @@ class TestTorch:
         with pytest.raises(ValueError, match="device is 'nowhere'"):
             check(self.sdpa, "softmax_attention", like="torch", device="nowhere")
 
+    def test_a_gate_around_it_is_checked_where_the_alignments_agree(self):
+        gate = np.array(0.5)
+        asked = {"gate": gate, "causal": True, "like": "torch"}
+        report = check(
+            lambda q, k, v: 0.5 * self.sdpa(q, k, v, is_causal=True), "gated_attention", **asked
+        )
+        assert report.passed and "more keys" not in {line.case for line in report.lines}
+
+    def test_tensors_that_numpy_cannot_hold(self):
+        report = check(lambda q, k, v: v.to_sparse(), "softmax_attention", like="torch")
+        assert "gave a tensor of torch.float32, torch.sparse_coo" in str(report)
+
     def test_strided_tensors(self):
         """A kernel may give a tensor that does not lie in order."""
         report = check(

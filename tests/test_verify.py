@@ -130,7 +130,8 @@ def test_an_unknown_dtype_is_refused():
         (lambda q, k, v: softmax(q, k, v).T, "has shape"),
         (lambda q, k, v: softmax(q, k, v) * 1.0001, "first at"),
         (lambda q, k, v: 1 / 0, "raised ZeroDivisionError"),
-        (lambda q, k, v: "done", "gave str"),
+        (lambda q, k, v: "done", "gave str, expected numpy.ndarray"),
+        (lambda q, k, v: softmax(q, k, v).tolist(), "gave list, expected numpy.ndarray"),
         (lambda q, k, v: softmax(q, k, v) + 1j, "expected real numbers"),
         (lambda q, k, v: softmax(q, k, v) + near_miss(q, k, v), "first at"),
         (first_maximum_for_ever, "are NaN"),
@@ -192,7 +193,7 @@ def test_bias_and_scale_are_the_kernels_too():
         options = {"bias": bias, "scale": 0.5, "dtype": dtype}
         assert check(right, "softmax_attention", **options).passed
         report = check(unscaled, "softmax_attention", **options)
-        assert not report.passed and "13 queries, 13 keys" in str(report)
+        assert not report.passed and "n 13, m 13, d 5, e 7" in str(report)
 
 
 @pytest.mark.parametrize("shape", [(), (13,), (1, 13), (13, 1), (13, 13)])
@@ -235,3 +236,121 @@ def test_answers():
         str(check_answer(None, 3, title="pairs", hint="Count."))
         == "pairs: nothing here yet. Count."
     )
+
+
+def test_a_finite_bias_that_hides_is_no_logit():
+    """-1e9 in place of -inf: the budget must stay that of the pairs that are seen."""
+    for low in (-1e4, -1e9, float(np.finfo(np.float32).min)):
+        bias = np.where(np.tril(np.ones((13, 13), bool)), 0, low)
+        options = {"bias": bias}
+        right = lambda q, k, v, b=bias: refattn.softmax_attention(q, k, v, bias=b.astype(q.dtype))
+        assert check(right, "softmax_attention", **options).passed
+        assert not check(refattn.softmax_attention, "softmax_attention", **options).passed
+        half = check(refattn.softmax_attention, "softmax_attention", dtype="float64", **options)
+        assert not half.passed and half.diagnosis
+
+
+def test_other_ways_to_sum_are_right_in_float64():
+    def phi(x):
+        return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+    def all_pairs(q, k, v):
+        a = phi(q) @ phi(k).T
+        return (a @ v) / a.sum(axis=1, keepdims=True)
+
+    def row_by_row(q, k, v):
+        rows = [(w := phi(k) @ phi(x)) @ v / w.sum() for x in q]
+        return np.array(rows).reshape(len(q), v.shape[1])
+
+    for kernel in (all_pairs, row_by_row):
+        for dtype in ("float64", "float32"):
+            report = check(kernel, "linear_attention", dtype=dtype)
+            assert report.passed, report
+
+
+def test_a_kernel_that_exits_is_a_line():
+    def leaves(q, k, v):
+        raise SystemExit(0)
+
+    report = check(leaves, "softmax_attention")
+    assert not report.passed and "raised SystemExit" in str(report)
+    assert "raised SystemExit" in str(check_answer(lambda: exit(0), 3))
+
+
+def test_a_branch_that_gives_nothing_is_a_line_not_a_hole():
+    report = check(
+        lambda q, k, v: softmax(q, k, v) if len(q) == len(k) else None, "softmax_attention"
+    )
+    assert report.filled and not report.passed and "gave nothing" in str(report)
+
+
+def test_options_longer_than_the_usual_cases():
+    wide = {"window": 200}
+    assert not check(softmax, "local_attention", **wide).passed
+    right = check(
+        lambda q, k, v: refattn.local_attention(q, k, v, **wide), "local_attention", **wide
+    )
+    assert right.passed and "longer than its reach" in {line.case for line in right.lines}
+    endless = check(softmax, "local_attention", window=5000)
+    assert endless.passed and "No case is long enough" in str(endless)
+    assert "give cases=[(n, m, d, e)] with 10003 tokens or more" in str(endless)
+
+
+def test_values_kept_from_another_case_show():
+    kept = {}
+
+    def stale(q, k, v):
+        return softmax(q, k, kept.setdefault((v.shape, v.dtype.name), v.copy()))
+
+    assert not check(stale, "softmax_attention").passed
+
+
+def test_gradients_have_manners_too():
+    def vjp(dy, q, k, v):
+        return refattn.softmax_attention_vjp(dy, q, k, v)
+
+    def wide(dy, q, k, v):
+        return tuple(g.astype(np.float64) for g in vjp(dy, q, k, v))
+
+    def fails(dy, q, k, v):
+        raise KeyError("dy")
+
+    def ask(gradients):
+        return check(softmax, "softmax_attention", gradients=gradients)
+
+    assert ask(vjp).passed
+    report = ask(wide)
+    wrong = {line.case for line in report.lines if line.trouble}
+    assert "odd sizes: dk" in wrong and "odd sizes" not in wrong
+    assert "gave float64, expected float32" in str(report)
+    report = ask(fails)
+    assert {line.case for line in report.lines if not line.trouble} >= {"odd sizes", "two tiles"}
+    assert "raised KeyError" in str(report)
+    assert "gave nothing, expected (dq, dk, dv)" in str(ask(lambda dy, q, k, v: None))
+    assert check(lambda q, k, v: v[:, :1], "softmax_attention", gradients=vjp).passed is False
+
+
+def test_what_the_caller_asks_wrongly_is_not_the_kernels_fault():
+    for wrong, words in (
+        ({"gradients": "yes"}, "gradients is 'yes'"),
+        ({"time_limit": -1}, "time_limit is -1"),
+        ({"time_limit": 0}, "time_limit is 0"),
+        ({"lead": 3}, "lead is 3"),
+        ({"lead": (0,)}, "lead is 0"),
+        ({"device": "cuda"}, "device is 'cuda'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            check(softmax, "softmax_attention", **wrong)
+    with pytest.raises(TypeError, match="kernel is int"):
+        check(3, "softmax_attention")
+    with pytest.raises(TypeError, match="wanted is None"):
+        check_answer(3, None)
+    with pytest.raises(ValueError, match="no case fits"):
+        check(softmax, "softmax_attention", cases="tiles", mask=np.ones((13, 13), bool))
+
+
+def test_options_may_be_of_another_library():
+    torch = pytest.importorskip("torch")
+    mask = torch.tril(torch.ones(13, 13, dtype=torch.bool))
+    report = check(softmax, "softmax_attention", mask=mask)
+    assert not report.passed and report.diagnosis[0].startswith("mask ignored")

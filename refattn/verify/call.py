@@ -13,11 +13,16 @@ from refattn.verify.truth import GRADIENTS
 
 @dataclass(frozen=True)
 class Answers:
-    """{"y": ..., "dq": ...}: arrays, or the exceptions in their place; and what was wrong beside
-    the numbers."""
+    """{"y": ..., "dq": ...}: arrays, or the exceptions in their place; and in words what was wrong
+    beside the numbers of each."""
 
     arrays: dict
-    trouble: str = ""
+    manners: dict = field(default_factory=dict)
+
+    @property
+    def trouble(self):
+        """What was wrong with y."""
+        return self.manners.get("y", "")
 
 
 @dataclass(frozen=True)
@@ -45,27 +50,35 @@ class Caller:
             try:
                 with _time_limit(self.time_limit):
                     y, grads = self._run(*given)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 return Answers({"y": error})
-        if y is None or y is ...:
-            return Answers({"y": y})
+            if y is None or y is ...:
+                return Answers({"y": y})
+            after = {name: self.library.take(x) for name, x in zip(named, given, strict=True)}
         wanted = {"y": (*q.shape[:-1], v.shape[-1])}
         arrays = {"y": self._back(y, wanted["y"])}
         if self.gradients:
             arrays |= self._gradients(grads, (q, k, v))
-        return Answers(arrays, _manners(arrays["y"], named, kept))
+        return Answers(arrays, _manners(arrays, after, kept))
 
     def _run(self, q, k, v, dy=None):
         if self.gradients is False:
             return self.kernel(q, k, v), None
         if self.gradients is True:
             return self.library.pull(self.kernel, dy, (q, k, v))
-        return self.kernel(q, k, v), self.gradients(dy, q, k, v)
+        y = self.kernel(q, k, v)
+        try:
+            return y, self.gradients(dy, q, k, v)
+        except (Exception, SystemExit) as error:  # y is judged all the same
+            return y, error
 
     def _gradients(self, grads, inputs):
+        if isinstance(grads, BaseException):
+            return dict.fromkeys(GRADIENTS, grads)
         if not isinstance(grads, (tuple, list)) or len(grads) < len(GRADIENTS):
-            came = "none" if grads is None else type(grads).__name__
-            missing = WrongKind(f"gave {came}, expected (dq, dk, dv), tracked from q, k and v to y")
+            came = "nothing" if grads is None else type(grads).__name__
+            tracked = ", tracked from q, k and v to y" if self.gradients is True else ""
+            missing = WrongKind(f"gave {came}, expected (dq, dk, dv){tracked}")
             return dict.fromkeys(GRADIENTS, missing)
         pairs = zip(GRADIENTS, grads, inputs, strict=False)
         return {name: self._back(grad, x.shape) for name, grad, x in pairs}
@@ -90,16 +103,21 @@ class Caller:
         return (0, 2, 1, 3) if self.layout == "b n h d" and ndim == 4 else tuple(range(ndim))
 
 
-def _manners(y, given, kept):
-    """What is wrong with an answer beside its numbers."""
+def _manners(arrays, given, kept):
+    """What is wrong with answers beside their numbers: {"y": words, ...}."""
+    found = {}
     for name, x in given.items():
-        if not np.array_equal(x.view(np.uint8), kept[name].view(np.uint8)):
-            return f"wrote to its input {name}"
-        if isinstance(y, np.ndarray) and np.shares_memory(y, x):
-            return f"gave a view of its input {name}, expected an array of its own"
-    if isinstance(y, np.ndarray) and y.dtype != given["q"].dtype:
-        return f"gave {y.dtype}, expected {given['q'].dtype}"
-    return ""
+        if not np.array_equal(np.ascontiguousarray(x).view(np.uint8), kept[name].view(np.uint8)):
+            return dict.fromkeys(arrays, f"wrote to its input {name}")
+    for part, y in arrays.items():
+        if not isinstance(y, np.ndarray):
+            continue
+        for name, x in given.items():
+            if np.shares_memory(y, x):
+                found[part] = f"gave a view of its input {name}, expected an array of its own"
+        if y.dtype != given["q"].dtype:
+            found[part] = f"gave {y.dtype}, expected {given['q'].dtype}"
+    return found
 
 
 @contextlib.contextmanager

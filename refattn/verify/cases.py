@@ -1,5 +1,6 @@
 """What a kernel is given: sizes, and numbers that bring mistakes to light."""
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,14 +14,19 @@ SIZES = {
     "two tiles": (130, 130, 16, 16),
     "more keys": (7, 12, 4, 4),
     "fewer keys": (12, 7, 4, 4),
+    "one query": (1, 33, 16, 16),
+    "one key": (9, 1, 4, 4),
+    "whole tiles": (128, 128, 32, 32),
 }
 # For kernels that take whole tiles only.
 TILES = {
     "one tile": (64, 64, 64, 64),
     "more keys": (64, 192, 64, 64),
     "fewer keys": (192, 64, 64, 64),
+    "wide heads": (128, 128, 128, 128),
     "three tiles": (192, 192, 64, 64),
 }
+LONGEST = 1100  # tokens of a case that is made longer than a window or block
 VALUES = -0.5, 1.5  # a mean that is not 0 tells an average of all from nothing
 LARGE, PEAK, FAINT, FAR, VERY_FAR = 300.0, 8.0, 30.0, 4.0, 30.0
 
@@ -144,18 +150,55 @@ def trials(mechanism, cases, dtype, options, lead=(), same_columns=False):
         if mechanism.startswith(only):
             table.append((name, make, special_size or size))
     fixed = _fixed_sizes(options)
+    if isinstance(cases, str) and not {"n", "m"} & set(fixed):
+        table += _longer(options, 64 if cases == "tiles" else 1)
     done = set()
-    for name, make, (n, m, d, e) in table:
-        n, m, d, e = (fixed.get(axis, x) for axis, x in zip("nmde", (n, m, d, e), strict=True))
+    for name, make, asked in table:
+        n, m, d, e = (fixed.get(axis, x) for axis, x in zip("nmde", asked, strict=True))
         e = d if same_columns else e
+        own = cases == "tiles" or not isinstance(cases, str)
         if (make, n, m, d, e) in done or (cases == "square" and n != m):
             continue
+        if own and (n, m) != asked[:2]:  # these sizes were asked for, and no others
+            continue
         done.add((make, n, m, d, e))
-        rng = np.random.default_rng([n, m, d, e])
+        rng = np.random.default_rng([n, m, d, e, zlib.crc32(name.encode())])
         shapes = ((n, d), (m, d), (m, e), (n, e))
         q, k, v, dy = (rng.standard_normal((*lead, *shape)) for shape in shapes)
         v = rng.uniform(*VALUES, v.shape)
         if make is not None:
             q, k, v = make(q, k, v, rng, checks.scale(options.get("scale"), d))
-        label = name if make is not None or not fixed else f"{n} queries, {m} keys"
+        label = name if make is not None or not fixed else f"n {n}, m {m}, d {d}, e {e}"
         yield Trial(label, *(x.astype(dtype) for x in (q, k, v, dy)))
+
+
+def _longer(options, multiple):
+    """A case with more tokens than a window, block or chunk spans; none where one of the usual
+    is, or where it would be too long."""
+    reach = reach_of(options)
+    if not 128 < reach <= LONGEST:
+        return []
+    n, d = -(-reach // multiple) * multiple, 64 if multiple > 1 else 8
+    return [("longer than its reach", None, (n, n, d, d))]
+
+
+def reach_of(options):
+    """Tokens that it takes for a window, block or chunk not to span them all."""
+    reach = 0
+    for name in ("window", "block", "chunk"):
+        value = options.get(name)
+        sides = value if isinstance(value, (tuple, list)) else [value]
+        step = options.get("dilation", 1) if name == "window" else 1
+        reach = max([reach, *(2 * x * step + 3 for x in sides if isinstance(x, int))])
+    return reach
+
+
+def too_short(cases, options):
+    """Words for options whose reach no case exceeds; "" where one does."""
+    reach = reach_of(options)
+    if not isinstance(cases, str) or reach <= LONGEST or {"n", "m"} & set(_fixed_sizes(options)):
+        return ""
+    return (
+        f"No case is long enough to see these options at work: give cases=[(n, m, d, e)] with "
+        f"{reach} tokens or more."
+    )

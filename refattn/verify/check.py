@@ -6,11 +6,12 @@ import numpy as np
 import tqdm
 
 import refattn
+from refattn import checks
 from refattn.verify.call import Caller
-from refattn.verify.cases import cast, eps_of, number_type, trials
+from refattn.verify.cases import cast, eps_of, number_type, too_short, trials
 from refattn.verify.compare import compare, numbers
 from refattn.verify.libraries import library_of
-from refattn.verify.like import LEAD, Reference, convention_of
+from refattn.verify.like import HOUSE, LEAD, Reference, convention_of
 from refattn.verify.mistakes import equal_mistakes
 from refattn.verify.report import Report
 from refattn.verify.truth import truth_of
@@ -119,6 +120,7 @@ def check(
     (False, 'scale missing: the scores are q . k, not q . k / sqrt(d)')
     """
     name = _mechanism(mechanism, options)
+    _asked(kernel, gradients, time_limit)
     convention = convention_of(like)
     library = library_of(xp or convention.arrays, device)
     if gradients is True and not library.differentiates:
@@ -127,15 +129,14 @@ def check(
             "gradients; expected a function gradients(dy, q, k, v) -> (dq, dk, dv)"
         )
     title = title or getattr(kernel, "__name__", type(kernel).__name__)
-    if lead is None:
-        lead = () if like is None else LEAD
+    lead = lead_of(lead, convention)
     call = Caller(kernel, library, convention.layout, gradients, time_limit)
     reference = Reference(name, convention)
-    options = reference.translated(options)
+    options = {key: _as_numpy(x) for key, x in reference.translated(options).items()}
     dtype = number_type(dtype)
     low = {name: cast(value, dtype) for name, value in options.items()}
     wide = {name: cast(value, np.float64) for name, value in low.items()}
-    lines, seen, misfit = [], [], None
+    lines, seen, empty, misfit = [], [], [], None
     asked = trials(name, cases, dtype, options, lead, same_columns=convention.same_columns)
     bar = tqdm.tqdm(list(asked), disable=not progress, leave=False)
     for trial in bar:
@@ -146,24 +147,27 @@ def check(
             misfit = error
             continue
         answers = call(*trial.inputs, trial.dy)
-        if answers.arrays["y"] is None or answers.arrays["y"] is ...:
-            return Report(title, hint=hint)
         got = {}
         for part, y in answers.arrays.items():
             want = wanted[part]
+            empty.append(y is None or y is ...)
             case = trial.name if part == "y" else f"{trial.name}: {part}"
-            trouble = answers.trouble if part == "y" else ""
+            trouble = answers.manners.get(part, "")
             lines.append(compare(case, y, want.value, want.budget, want.conditioning, trouble))
-            y = None if isinstance(y, Exception) else numbers(y)
+            y = None if isinstance(y, BaseException) else numbers(y)
             if y is not None and y.shape == want.value.shape:
                 got[part] = y
         seen.append(Seen(trial, wide, wanted, got))
     if not lines:
         raise misfit or ValueError(f"no case fits the shapes of the options {sorted(options)}")
+    if all(empty):
+        return Report(title, hint=hint)
     known, found = (), ()
     if any(line.trouble for line in lines):
         known = tuple(f"{m.name}: {m.tells}" for m in equal_mistakes(name, reference, seen))
         found = () if known else _findings(seen)
+    note = too_short(cases, options)
+    found = (*found, note) if note else found
     return Report(title, lines, diagnosis=known, findings=found, seen=seen)
 
 
@@ -196,11 +200,43 @@ def check_answer(answer, wanted, *, title="answer", tolerance=0.0, hint=""):
     if callable(answer):
         try:
             answer = answer()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             answer = error
+    if wanted is None:
+        raise TypeError("wanted is None; expected the right number or array")
     if answer is None or answer is ...:
         return Report(title, hint=hint)
     return Report(title, [compare(title, answer, np.asarray(wanted), tolerance)])
+
+
+def _asked(kernel, gradients, time_limit):
+    """Refuse what the caller asks wrongly, before the kernel is blamed for it."""
+    if not callable(kernel):
+        raise TypeError(f"kernel is {type(kernel).__name__}; expected a function of q, k and v")
+    if not (gradients is True or gradients is False or callable(gradients)):
+        raise TypeError(
+            f"gradients is {gradients!r}; expected True, False or a function of dy, q, k and v"
+        )
+    checks.number("time_limit", time_limit, positive=True)
+
+
+def lead_of(lead, convention):
+    """The checked leading axes; where None, batch and heads if the layout names them."""
+    if lead is None:
+        return () if convention is HOUSE else LEAD
+    if not isinstance(lead, (tuple, list)):
+        raise TypeError(f"lead is {lead!r}; expected a tuple such as (2, 3)")
+    return tuple(checks.whole("lead", size, least=1) for size in lead)
+
+
+def _as_numpy(value):
+    """An option's array as NumPy's, whatever library it is of; all else as it is."""
+    foreign = hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray)
+    return (
+        np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+        if foreign
+        else value
+    )
 
 
 def _findings(seen):

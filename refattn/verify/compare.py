@@ -10,7 +10,9 @@ def compare(case, y, wanted, budget, conditioning=None, trouble=""):
 
     ``trouble`` is what is already known to be wrong beside the numbers.
     """
-    if isinstance(y, Exception):
+    if y is None or y is ...:
+        return Line(case, np.inf, budget, "gave nothing", conditioning)
+    if isinstance(y, BaseException):
         words = str(y) if type(y).__name__ == "WrongKind" else f"raised {type(y).__name__}: {y}"
         return Line(case, np.inf, budget, words, conditioning)
     given, y = type(y).__name__, numbers(y)
@@ -44,7 +46,7 @@ def numbers(y):
 def _where(y, wanted, wrong):
     """Words for the place of the error: how many rows, which, and its first entry."""
     if wanted.ndim == 0:
-        return f"gave {y:.6g}, expected {wanted:.6g}"
+        return f"gave {y:.12g}, expected {wanted:.12g}"
     at = tuple(int(i) for i in np.argwhere(wrong)[0])
     words = f"first at {at}: {y[at]:.6g}, expected {wanted[at]:.6g}"
     axis = max(0, wrong.ndim - 2)  # the rows; an array of one axis is a column

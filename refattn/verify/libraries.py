@@ -28,6 +28,8 @@ class NumPy:
 
     def take(self, y):
         """The kernel's answer as NumPy's, or WrongKind where it is not this library's array."""
+        if type(y) is not np.ndarray:
+            raise WrongKind(f"gave {_named(y)}, expected numpy.ndarray")
         return y
 
     def pull(self, kernel, dy, inputs):
@@ -64,12 +66,16 @@ class Torch(NumPy):
         wanted = torch.device("cpu" if self.device is None else self.device)
         if y.device.type != wanted.type or wanted.index not in (None, y.device.index):
             raise WrongKind(f"gave a tensor on {y.device}, expected one on {wanted}")
-        y = y.detach().cpu()
-        if y.dtype != torch.bfloat16:
-            return y.numpy()
+        try:
+            y = y.detach().cpu().resolve_conj().resolve_neg()
+            if y.dtype != torch.bfloat16:
+                return y.numpy()
+            bits = y.contiguous().view(torch.int16).numpy()
+        except (TypeError, RuntimeError) as error:
+            raise WrongKind(f"gave a tensor of {y.dtype}, {y.layout}: {error}") from error
         import ml_dtypes
 
-        return y.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return bits.view(ml_dtypes.bfloat16)
 
     def pull(self, kernel, dy, inputs):
         import torch
@@ -158,6 +164,8 @@ def library_of(xp, device=None):
         module = _imported(top if top in ("torch", "jax") else name)
     else:
         module = xp
+    if top == "numpy" and device not in (None, "cpu"):
+        raise ValueError(f"device is {device!r}; NumPy's arrays lie on the cpu (name like= or xp=)")
     if top in kinds:
         return kinds[top](device)
     if not hasattr(module, "asarray"):

@@ -147,12 +147,11 @@ class Reference:
     """
 
     def __init__(self, mechanism, convention=HOUSE):
-        self.convention = convention
+        self.mechanism, self.convention = mechanism, convention
         self._forward = getattr(refattn, mechanism)
         self._vjp = getattr(refattn, f"{mechanism}_vjp")
         self._in_pairs = mechanism in ("softmax_attention", "local_attention")
-        self.has_scores = not mechanism.startswith("linear_")
-        self._own_denominator = convention.epsilon > 0 and not self.has_scores
+        self._own_denominator = convention.epsilon > 0 and mechanism.startswith("linear_")
         by_softmax = self._in_pairs or mechanism == "sparse_attention"
         self._fills = by_softmax and convention.empty_row != "0"
 
@@ -160,7 +159,8 @@ class Reference:
         options = dict(options)
         if self._forward is refattn.linear_attention_chunked:
             options.setdefault("causal", True)
-        if self._in_pairs and self.convention.causal == "top-left":
+        aligned = self._in_pairs or self.mechanism == "gated_attention"
+        if aligned and self.convention.causal == "top-left":
             options["top_left"] = True
         if self.convention.window == "counts itself" and "window" in options:
             width = checks.whole("window", options["window"], least=1)
@@ -200,6 +200,8 @@ class Reference:
         """Forward, gradient and options; where causal is aligned at the first key, as a mask."""
         n, m = q.shape[-2], k.shape[-2]
         inner = {name: x for name, x in options.items() if name != "top_left"}
+        if options.get("top_left") and n != m and self.mechanism == "gated_attention":
+            raise ValueError("a gated attention aligned at the first key is checked for n = m only")
         bounded = options.get("causal") or "window" in options
         if not (options.get("top_left") and n != m and bounded):
             return self._forward, self._vjp, inner

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from refattn import checks
-from refattn.verify.cases import eps_of
+from refattn.verify.cases import cast, eps_of
 from refattn.verify.rounding import every_operation_rounded
+from refattn.verify.visible import visible
 
 GRADIENTS = ("dq", "dk", "dv")
 NUDGE = 2.0**-26  # relative change of the inputs that measures conditioning
@@ -39,7 +40,7 @@ def truth_of(reference, trial, low, wide, gradients):
     nudged = [x.astype(float) * (1 + NUDGE * signs.choice([-1, 1], x.shape)) for x in arrays]
     moved = _run(reference, nudged, wide, gradients)
     eps = eps_of(q.dtype)
-    logits = 1 + (_largest_score(q, k, wide) if reference.has_scores else 0)
+    logits = 1 + largest_logit(reference.mechanism, q.astype(float), k.astype(float), wide, eps)
     sizes = _magnitudes(trial, wide, exact)
     wanted = {}
     for name, value in exact.items():
@@ -60,33 +61,77 @@ def _run(reference, arrays, options, gradients):
 
 
 def _own_error(reference, arrays, options, gradients, exact):
-    """The error of refattn's formula in the kernel's dtype; for half types the larger of rounding
-    once and rounding every operation, which may overflow and then says nothing."""
+    """The error of refattn's formula in the kernel's dtype.
+
+    For half types the larger of rounding once and rounding every operation, which may overflow and
+    then says nothing. For float64, in which the truth itself is computed, the error in float32
+    times the ratio of the two types' eps.
+    """
     dtype = arrays[0].dtype
-    runs = [_run(reference, arrays, options, gradients)]
+    runs = [(_run(reference, arrays, options, gradients), 1.0)]
     if checks.compute_dtype(dtype) != dtype:
         with every_operation_rounded(dtype):
-            runs.append(_run(reference, arrays, options, gradients))
+            runs.append((_run(reference, arrays, options, gradients), 1.0))
+    elif dtype == np.float64:
+        narrow = [x.astype(np.float32) for x in arrays]
+        low = {name: cast(x, np.float32) for name, x in options.items()}
+        with np.errstate(all="ignore"):
+            same = _run(reference, [x.astype(float) for x in narrow], _wide(low), gradients)
+            rough = _run(reference, narrow, low, gradients)
+        rough = {name: x - same[name] + exact[name] for name, x in rough.items()}
+        runs.append((rough, 2.0**-29))
     found = dict.fromkeys(exact, 0.0)
-    for run in runs:
+    for run, factor in runs:
         for name, x in run.items():
-            error = _largest(x.astype(float) - exact[name])
+            error = factor * _largest(x.astype(float) - exact[name])
             found[name] = max(found[name], error if np.isfinite(error) else 0.0)
     return found
 
 
-def _largest_score(q, k, options):
-    """The largest |logit|, bias included."""
+def _wide(options):
+    return {name: cast(x, np.float64) for name, x in options.items()}
+
+
+def largest_logit(mechanism, q, k, options, eps):
+    """max|s| over the visible pairs; a bias far below its row's largest score hides a pair too.
+
+    Of Performer, the exponents of its features; of linear attention 0, which has none.
+    """
+    if mechanism == "gated_attention":
+        mechanism = getattr(options.get("attention"), "__name__", "softmax_attention")
+    if mechanism.startswith("linear_"):
+        return 0.0
     scale = checks.scale(options.get("scale"), q.shape[-1])
-    logits = _largest(scale * (q.astype(float) @ k.astype(float).mT))
-    bias = np.asarray(options.get("bias") if options.get("bias") is not None else 0.0, float)
-    return logits + _largest(bias[np.isfinite(bias)])
+    if mechanism == "performer_attention":
+        root, omega = abs(scale) ** 0.5, np.asarray(options["omega"], float)
+        a, b = (root * x @ omega.T for x in (q, k))
+        return _largest(a) + _largest(b) + scale * _largest((k * k).sum(axis=-1)) / 2
+    if mechanism == "linformer_attention":
+        k = np.asarray(options["E"], float) @ _hidden_as_zero(k, options.get("key_mask"))
+    s = scale * (q @ k.mT)
+    if options.get("softcap"):
+        s = options["softcap"] * np.tanh(s / options["softcap"])
+    if options.get("bias") is not None:
+        s = s + options["bias"]
+    if mechanism in ("softmax_attention", "local_attention", "sparse_attention"):
+        s = np.where(visible(q.shape[-2], k.shape[-2], options), s, -np.inf)
+    counts = s > -np.inf
+    if options.get("bias") is not None:  # -1e9 hides a pair as well, and is no logit
+        top = s.max(axis=-1, keepdims=True, initial=-np.inf)
+        with np.errstate(invalid="ignore"):
+            counts = counts & (s - top >= 2 * np.log(eps))
+    return _largest(np.where(counts, s, 0.0))
+
+
+def _hidden_as_zero(k, key_mask):
+    return k if key_mask is None else np.where(np.asarray(key_mask)[..., None], k, 0)
 
 
 def _magnitudes(trial, options, exact):
     """For each array the size that the logits' rounding acts on, and a floor for what cancels.
 
-    The output is an average of values. A gradient of scores is P (dP - sum P dP), whose two terms
+    The output is an average of values, or a sum of them where nothing is divided: the larger of
+    max|v| and max|y|. A gradient of scores is P (dP - sum P dP), whose two terms
     may cancel: each has the size of dP = dy v^T.
     """
     q, k, v, dy = (x.astype(float) for x in (*trial.inputs, trial.dy))
