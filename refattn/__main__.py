@@ -1,6 +1,7 @@
 """python -m refattn check | cost | bench: hold a kernel against the truth; count and time ours."""
 
 import argparse
+import contextlib
 import os
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from refattn.verify.like import CONVENTIONS
 from refattn.verify.shell import (
     MECHANISMS,
     OPTIONS,
+    count,
     flag,
     load_function,
     mechanism_options,
@@ -21,6 +23,7 @@ from refattn.verify.shell import (
     whole_numbers,
 )
 
+MOST_TOKENS = 2**17  # of cost: the strided mask there has 2 n sqrt(n) pairs, 10^8 of them
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 CHECK = (
     "Call MODULE:FUNCTION as kernel(q, k, v), arrays (..., n, d), (..., m, d), (..., m, e) to "
@@ -147,19 +150,28 @@ def add_cost(commands):
         description="Counted cost of one head for n tokens with head size d, in typical settings.",
         epilog="example: python -m refattn cost --n 65536 --d 128 --only local",
     )
-    costs.add_argument("--n", type=int, default=4096, help="tokens (default 4096)")
-    costs.add_argument("--d", type=int, default=64, help="columns of q, k and v (default 64)")
-    costs.add_argument("--itemsize", type=int, default=4, help="bytes of a number (default 4)")
+    costs.add_argument("--n", type=count, default=4096, help="tokens (default 4096)")
+    costs.add_argument("--d", type=count, default=64, help="columns of q, k and v (default 64)")
+    costs.add_argument("--itemsize", type=count, default=4, help="bytes of a number (default 4)")
     costs.add_argument("--only", default="", help="settings whose name holds this")
 
 
 def run_check(options):
+    """Whatever a kernel prints stays out of the JSON."""
+    quiet = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
+    with quiet:
+        report = checked(options)
+    print(report.to_json() if options.json else report)
+    return 0 if report.passed else 1
+
+
+def checked(options):
     gradients = options.gradients
     if isinstance(gradients, str):
         gradients = load_function(gradients, "gradients")
     shown = not options.json and sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
     kernel, inner = load_function(options.kernel, "kernel"), mechanism_options(options)
-    report = check(
+    return check(
         kernel,
         options.mechanism,
         dtype=options.dtype,
@@ -174,12 +186,15 @@ def run_check(options):
         hint="The kernel returned nothing.",
         **inner,
     )
-    print(report.to_json() if options.json else report)
-    return 0 if report.passed else 1
 
 
 def run_cost(options):
     n, d = options.n, options.d
+    if n > MOST_TOKENS:
+        raise ValueError(
+            f"n is {n:,}; the masks of the sparse settings are built to count their pairs: "
+            f"expected at most {MOST_TOKENS:,}. refattn.softmax_attention_cost takes any"
+        )
     header = ["mechanism", "FLOPs", "bytes", "workspace", "FLOPs of softmax", "FLOPs per byte"]
     whole = refattn.softmax_attention_cost(n, n, d, d).flops
     rows = []
@@ -214,6 +229,10 @@ def main(arguments=None):
         return RUN[options.command](options)
     except (ValueError, TypeError) as error:
         print(f"python -m refattn {options.command}: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as error:  # by the kernel: its status is not that of the check
+        words = f"the kernel raised SystemExit: {error}"
+        print(f"python -m refattn {options.command}: {words}", file=sys.stderr)
         return 2
 
 

@@ -4,10 +4,12 @@ import time
 
 import numpy as np
 import pytest
+import scipy.stats
 
 import refattn
 from refattn.verify import check_features
 from refattn.verify.features.mistakes import MISTAKES
+from refattn.verify.features.sample import Sample, _norms_and_directions
 from refusals import refused
 
 SIZES = [2, 4, 8, 16]
@@ -87,6 +89,31 @@ def test_right_draws_pass(name, d):
 def test_other_seeds_pass_too(seed, orthogonal):
     draw = refattn.random_features if orthogonal else independent
     assert check_features(draw, seed=seed, orthogonal=orthogonal).passed
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 1504])
+def test_right_draws_made_in_another_way_pass(seed):
+    """With seed 1504 the correlations of norms and directions are as large as 26.5, which chi^2
+    with 6 degrees of freedom exceeds by two in ten thousand."""
+
+    def draw(num_features, d, rng):
+        rng = np.random.default_rng(rng)
+        blocks = -(-num_features // d)
+        W = scipy.stats.ortho_group.rvs(d, size=blocks, random_state=rng)
+        omega = W * np.sqrt(rng.chisquare(d, (blocks, d, 1)))
+        return omega.reshape(-1, d)[:num_features]
+
+    report = check_features(draw, d=3, seed=seed)
+    assert report.passed, report
+
+
+def test_the_sum_of_correlations_is_chi_squared():
+    """400 draws: its mean is d (d - 1), with a standard error of root(2 d (d - 1) / 400)."""
+    d, found = 3, []
+    for seed in range(400):
+        omega = refattn.random_features(3 * 1000, d, rng=seed)
+        found.append(_norms_and_directions(Sample(omega.reshape(-1, d, d))).error)
+    assert abs(np.mean(found) - 6) < 4 * (12 / 400) ** 0.5
 
 
 SIGNS = {"signs", "signs of two rows"}

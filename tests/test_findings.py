@@ -82,7 +82,7 @@ INSTEAD = {
         ["y is 0.25 more than what is wanted, in every entry."],
     ),
     "a row added to all": (
-        lambda y, q, k, v: y + v[-1] / 10,
+        lambda y, q, k, v: y + v[-1],
         ["y is off by the same numbers in every row."],
     ),
     "rows later": (
@@ -127,7 +127,7 @@ INSTEAD = {
     ),
     "rounded to bfloat16": (
         lambda y, q, k, v: nearest(y.astype(float), 8),
-        ["y is what is wanted, rounded to bfloat16."],
+        ["Where wrong, y is what is wanted, rounded to bfloat16."],
     ),
     "one number": (lambda y, q, k, v: 0 * y + 7, ["Every wrong entry of y is 7."]),
     "0 everywhere": (lambda y, q, k, v: 0 * y, ["Every wrong entry of y is 0."]),
@@ -397,6 +397,66 @@ def test_faint_keys():
     first, second = found(epsilon, "linear_attention")
     assert "row by row a multiple" in first
     assert second.startswith("Only the case 'faint keys' fails: keys near -30")
+
+
+def test_special_cases_tell_nothing_of_sizes():
+    """They alone have e = 64, and another kind of numbers."""
+
+    def wrong(q, k, v):
+        y = softmax(q, k, v)
+        return y + noise(y) / 10 if v.shape[1] == 64 else y
+
+    words = found(edited(lambda y, q, k, v: wrong(q, k, v)), cases="default")
+    assert words[0] == "Only the case 'one key each' fails: one key takes most of a query's weight."
+
+    def for_large(q, k, v):
+        y = softmax(q, k, v)
+        return (y + noise(y) / 10 * (abs(q).max() > 50)).astype(q.dtype)
+
+    words = found(for_large, cases="default")
+    assert words[0].startswith("The cases with scores of ")
+
+
+def test_a_pattern_is_not_contradicted_by_a_special_case():
+    """Wrong from 12 tokens on, but right where scores are large, with 130."""
+    kernel = edited(lambda y, q, k, v: y + noise(y) / 10 * (len(y) > 11 and abs(q).max() < 50))
+    assert not any(">= 12" in x for x in found(kernel))
+
+
+def test_a_budget_alone_tells_nothing_of_the_cases():
+    """The same relative error everywhere, in some cases within the budget."""
+    kernel = lambda q, k, v: (softmax(q, k, v).astype(float) * 1.25 + 0.05).astype(q.dtype)
+    report = check(kernel, "softmax_attention", dtype="bfloat16")
+    verdicts = {bool(line.trouble) for line in report.lines}
+    assert verdicts == {True, False}
+    assert not any("fail" in x for x in report.findings), report
+
+
+def test_linear_attention_has_no_scores():
+    def kernel(q, k, v):
+        y = refattn.linear_attention(q, k, v)
+        return (y + noise(y) / 10 * (abs(q @ k.T).max() > 200)).astype(q.dtype)
+
+    assert not any("score" in x for x in found(kernel, "linear_attention"))
+    one = lambda q, k, v: (v if len(k) == 1 else noise(v[: len(q)])).astype(q.dtype)
+    words = found(one, "linear_attention", cases=[(1, 1, 4, 3), (13, 13, 5, 7)])
+    assert words[0] == "Only with one key, whose weight is 1, is it right."
+
+
+def test_minus_zero_is_zero():
+    minus = gradients(lambda dq, dk, dv: (dq, -0.0 * abs(dk), dv))
+    words = found(softmax, gradients=minus)
+    assert any("Every wrong entry of dk is 0." in x for x in words), words
+
+
+def test_nan_is_not_told_as_beyond_the_values():
+    def kernel(y, q, k, v):
+        y[...] = np.nan
+        y[0, 0] = 9.0
+
+    words = found(edited(kernel), cases=CASES[1:])
+    assert any("entries of y are NaN." in x for x in words)
+    assert not any("beyond the values" in x for x in words)
 
 
 def test_multiples_of_a_tile():

@@ -48,6 +48,13 @@ def on_heads(q, k, v):
     assert q.shape[:2] == (2, 3)
     return softmax(q, k, v)
 
+def prints(q, k, v):
+    print("here I am")
+    return softmax(q, k, v)
+
+def leaves(q, k, v):
+    sys.exit(0)
+
 class Kernels:
     right = staticmethod(softmax)
 
@@ -60,6 +67,9 @@ unknown = {"dtype": "float16"}
 
 def mask():
     return {"mask": refattn.masks.strided(13, 3)}
+
+def leaving_options():
+    sys.exit()
 
 def broken_options():
     raise KeyError("no file")
@@ -82,6 +92,7 @@ def gated(q, k, v):
 def folder(tmp_path, monkeypatch):
     (tmp_path / "my_kernels.py").write_text(KERNELS)
     (tmp_path / "my_broken.py").write_text("1 / 0")
+    (tmp_path / "my_exit.py").write_text("import sys; print('bye'); sys.exit()")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "my_kernels", raising=False)
@@ -194,6 +205,9 @@ def test_flags_join_the_options_from_python(ask):
         ("no_such:thing", [], "'no_such' cannot be imported: ModuleNotFoundError"),
         ("my_broken:thing", [], "'my_broken' cannot be imported: ZeroDivisionError"),
         ("my_kernels:missing", [], "has no 'missing'"),
+        ("my_exit:thing", [], "'my_exit' cannot be imported: SystemExit"),
+        ("my_kernels.py:right", [], "expected MODULE:NAME, such as my_kernels:right"),
+        ("my_kernels:right", ["--options", "my_kernels:leaving_options"], "raised SystemExit"),
         ("my_kernels:number", [], "kernel my_kernels:number is int; expected a function"),
         ("my_kernels:right", ["--window", "3"], "softmax_attention has no option window"),
         ("my_kernels:right", ["--softcap", "-1"], "softcap is -1.0"),
@@ -266,6 +280,36 @@ def test_costs(capsys):
     assert f"{flops:,}" in out and "n = m = 256" in out
     assert main(["cost", "--only", "nothing like it"]) == 2
     assert main(["cost", "--n", "64"]) == 0
+
+
+@pytest.mark.parametrize("option", ["--n", "--d", "--itemsize"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
+def test_costs_of_no_size(capsys, option, value):
+    with pytest.raises(SystemExit) as stopped:
+        main(["cost", f"{option}={value}"])
+    assert stopped.value.code == 2
+    assert f"{value!r} came; expected an integer >= 1" in capsys.readouterr().err
+
+
+def test_costs_of_too_many_tokens(capsys):
+    assert main(["cost", "--n", "1000000"]) == 2
+    assert "n is 1,000,000" in capsys.readouterr().err
+
+
+def test_json_stands_alone(ask):
+    status, out, words = ask("prints", "softmax_attention", "--size", "2,2,2,2", "--json")
+    assert status == 0 and json.loads(out)["passed"] and "here I am" in words
+    assert "here I am" in ask("prints", "softmax_attention", "--size", "2,2,2,2")[1]
+
+
+def test_a_kernel_that_exits_is_not_right(ask):
+    status, out, words = ask("leaves", "softmax_attention", "--size", "2,2,2,2")
+    assert status in (1, 2) and "SystemExit" in out + words
+
+
+def test_what_check_refuses_is_not_offered(ask):
+    _, _, words = ask("right", "softmax_attention", "--window", "3")
+    assert "it has mask" in words and "return_" not in words
 
 
 def test_help_teaches(capsys):

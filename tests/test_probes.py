@@ -202,6 +202,13 @@ def test_nothing_returned():
         (ValueError, "xp is 'abacus'", {"xp": "abacus"}),
         (TypeError, "causal is 1", {"causal": 1}),
         (ValueError, "window", {"window": -1}),
+        (ValueError, "window is 30; expected sides below 23", {"window": 30}),
+        (ValueError, r"window is \(23, 0\); .*: choose a larger shape", {"window": (23, 0)}),
+        (
+            ValueError,
+            "expected sides below 3 with 4",
+            {"window": 3, "causal": True, "shape": (4, 2)},
+        ),
         (TypeError, "hidden has dtype int64; expected bool", {"hidden": [1, 0]}),
         (ValueError, r"hidden has shape \(2,\); expected \(24,\)", {"hidden": [True, False]}),
         (ValueError, "hidden has no True", {"hidden": np.zeros(N, bool)}),

@@ -28,7 +28,7 @@ TILES = {
 }
 LONGEST = 1100  # tokens of a case that is made longer than a window or block
 VALUES = -0.5, 1.5  # a mean that is not 0 tells an average of all from nothing
-LARGE, PEAK, FAINT, FAR, VERY_FAR = 300.0, 8.0, 30.0, 4.0, 30.0
+LARGE, PEAK, FAINT, FAR, VERY_FAR = 300.0, 8.0, 30.0, 6.0, 30.0
 
 
 @dataclass(frozen=True)

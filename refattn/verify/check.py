@@ -117,7 +117,7 @@ def check(
     ...     return a @ v / a.sum(axis=1, keepdims=True)
     >>> report = check(kernel, "softmax_attention", cases=[(5, 7, 4, 3)])
     >>> report.passed, report.diagnosis[0]
-    (False, 'scale missing: the scores are q . k, not q . k / sqrt(d)')
+    (False, 'scale missing: the scores are q . k: the factor on them is missing')
     """
     name = _mechanism(mechanism, options)
     _asked(kernel, gradients, time_limit)

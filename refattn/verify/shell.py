@@ -34,6 +34,17 @@ def window(text):
     return sides[0] if len(sides) == 1 else sides
 
 
+def count(text):
+    """A whole number above 0."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} came; expected an integer >= 1, such as 64")
+    return number
+
+
 def seconds(text):
     try:
         number = float(text)
@@ -58,6 +69,7 @@ OPTIONS = {
     "pool": str,
     "kind": str,
 }
+NOT_OPTIONS = ("backend", "return_lse", "return_state")  # check compares y, of the formula itself
 MECHANISMS = [name for name in refattn.__all__ if hasattr(refattn, f"{name}_vjp")]
 
 
@@ -68,19 +80,20 @@ def flag(name):
 def taken(mechanism):
     """The options of an attention: name and default."""
     parameters = list(inspect.signature(getattr(refattn, mechanism)).parameters.values())[3:]
-    return {p.name: p.default for p in parameters if p.name != "backend"}
+    return {p.name: p.default for p in parameters if p.name not in NOT_OPTIONS}
 
 
 def load(name, what="kernel"):
     """The object MODULE:NAME, or ValueError saying what is not there."""
     module, _, inside = name.partition(":")
-    if not module or not inside:
-        raise ValueError(f"{what} is {name!r}; expected MODULE:NAME, such as my_module:my_{what}")
+    if not module or not inside or module.endswith(".py"):
+        such = f"{Path(module).stem}:{inside}" if module and inside else f"my_module:my_{what}"
+        raise ValueError(f"{what} is {name!r}; expected MODULE:NAME, such as {such}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # whatever the module does while it is imported
+    except (Exception, SystemExit) as error:  # whatever the module does while it is imported
         kind = type(error).__name__
         raise ValueError(f"module {module!r} cannot be imported: {kind}: {error}") from error
     try:
@@ -126,7 +139,7 @@ def named_options(name):
     if callable(found):
         try:
             found = found()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"options {name} raised {type(error).__name__}: {error}") from error
     if not isinstance(found, dict):
         kind = type(found).__name__

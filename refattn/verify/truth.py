@@ -95,17 +95,13 @@ def _wide(options):
 def largest_logit(mechanism, q, k, options, eps):
     """max|s| over the visible pairs; a bias far below its row's largest score hides a pair too.
 
-    Of Performer, the exponents of its features; of linear attention 0, which has none.
+    Of Linformer, those of the projected keys; of linear attention 0, which has none.
     """
     if mechanism == "gated_attention":
         mechanism = getattr(options.get("attention"), "__name__", "softmax_attention")
     if mechanism.startswith("linear_"):
         return 0.0
     scale = checks.scale(options.get("scale"), q.shape[-1])
-    if mechanism == "performer_attention":
-        root, omega = abs(scale) ** 0.5, np.asarray(options["omega"], float)
-        a, b = (root * x @ omega.T for x in (q, k))
-        return _largest(a) + _largest(b) + scale * _largest((k * k).sum(axis=-1)) / 2
     if mechanism == "linformer_attention":
         k = np.asarray(options["E"], float) @ _hidden_as_zero(k, options.get("key_mask"))
     s = scale * (q @ k.mT)

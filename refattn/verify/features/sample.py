@@ -124,15 +124,21 @@ def _two_norms(sample):
 
 
 def _norms_and_directions(sample):
-    """d^2 correlations in standard errors: their squares add up to chi-squared with d (d - 1)
-    degrees of freedom, since the squared entries of a direction add up to 1."""
+    """d^2 correlations in standard errors: the sum of their squares, times (d - 1) / d, is
+    chi-squared with d (d - 1) degrees of freedom.
+
+    The squared entries of a direction add up to 1: their correlations with a norm have the
+    covariance I d / (d - 1) - J / (d - 1) over the number of blocks, J of ones, which is
+    d / (d - 1) times a projection on d - 1 dimensions.
+    """
     import scipy.stats
 
     found = _correlation(sample.norms[..., None] ** 2, sample.directions**2)  # (d, d)
     largest = found.flat[abs(found).argmax()]
     words = f"a squared norm and a squared entry of its direction correlate by {largest:.3g}"
+    error = len(sample.norms) * (found**2).sum() * (sample.d - 1) / sample.d
     budget = scipy.stats.chi2.isf(CHANCE, sample.d * (sample.d - 1))
-    return held("norms, directions", len(sample.norms) * (found**2).sum(), budget, words)
+    return held("norms, directions", error, budget, words)
 
 
 def _correlation(x, y):

@@ -6,7 +6,7 @@ the array's name, or "" where nothing holds in all of them.
 
 import numpy as np
 
-from refattn.verify.findings.parts import listed
+from refattn.verify.findings.parts import has_scores, listed
 
 TILES = (4, 8, 16, 32, 64, 128)
 FEW = 4
@@ -15,7 +15,7 @@ FEW = 4
 def instead(parts):
     """What every wrong entry is, if it is NaN, infinite or one number."""
     found = np.concatenate([part.y[part.wrong] for part in parts])
-    one = f"{found[0]:.6g}"
+    one = f"{found[0] + 0.0:.6g}"  # -0 is 0
     kinds = {"NaN": np.isnan, "infinite": np.isinf, one: lambda y: (y == y[0]).all() & (y.size > 1)}
     words = next((words for words, holds in kinds.items() if np.all(holds(found))), "")
     if not words:
@@ -177,7 +177,9 @@ def _of_zeros(parts):
 
 def _late_maximum(parts):
     """Rows whose largest score comes after the first tile of keys."""
-    if parts[0].name != "y" or any(part.scores is None for part in parts):
+    if parts[0].name != "y" or not has_scores([part.seen for part in parts]):
+        return ""
+    if any(part.scores is None for part in parts):
         return ""
     for tile in reversed(TILES):
         wrong = late = others = 0

@@ -103,6 +103,13 @@ def _rises(values):
     return bool((np.diff(values) > 0).all() and values[-1] > TENFOLD * values[0])
 
 
+def not_numbers(parts):
+    """How many entries are NaN, where it is not every wrong one."""
+    nan = sum(int((np.isnan(part.y) & part.wrong).sum()) for part in parts)
+    total = sum(part.y.size for part in parts)
+    return f"{nan} of {total} entries of {{it}} are NaN." if nan else ""
+
+
 def out_of_range(parts):
     """Entries beyond the values, which no weights >= 0 of sum 1 can give."""
     outside = total = 0

@@ -5,13 +5,13 @@ import numpy as np
 from refattn.verify.findings import places
 from refattn.verify.findings.failing import which_fail
 from refattn.verify.findings.parts import Part, listed
-from refattn.verify.findings.precision import growing, low_precision, out_of_range
+from refattn.verify.findings.precision import growing, low_precision, not_numbers, out_of_range
 from refattn.verify.findings.relations import relation
 
 MOST = 5
 ARRAYS = ("y", "dq", "dk", "dv")
 PLACES = (places.rows, places.columns, places.heads)
-SIZES = (low_precision, growing, out_of_range)  # said where nothing else is
+SIZES = (low_precision, growing, not_numbers, out_of_range)  # said where nothing else is
 
 
 @np.errstate(all="ignore")  # infinities are among what is looked at

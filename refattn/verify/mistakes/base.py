@@ -17,7 +17,8 @@ class Mistake:
 
     ``output(run, q, k, v, options)`` gives y or None where the mistake says nothing about these
     options; ``run(q, k, v, **options)`` is the right attention. Arrays are those of one head,
-    (n, d), unless ``across_heads``. ``met.py`` says where it, or what leads to it, was met.
+    (n, d), unless ``across_heads``. ``number`` is what tells it from others of its name, as it
+    stands in ``tells``. ``met.py`` says where it, or what leads to it, was met.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Mistake:
     mechanisms: tuple
     output: Callable
     across_heads: bool = False
+    number: str = ""
 
 
 def changed(options, **new):

@@ -137,6 +137,7 @@ MISTAKES = [
             f"{epsilon:g} is added to phi(q) . z",
             LINEAR,
             _epsilon(epsilon),
+            number=f"{epsilon:g}",
         )
         for epsilon in (1e-10, 1e-6, 1e-4, 1e-3)
     ),
@@ -174,6 +175,7 @@ MISTAKES = [
             "earlier queries, and far ones are buried",
             ("performer_attention",),
             _stabilised_by_all(epsilon),
+            number=f"{epsilon:g}",
         )
         for epsilon in (1e-6, 1e-4)
     ),

@@ -3,7 +3,6 @@
 import numpy as np
 
 import refattn
-from refattn import checks
 from refattn.verify.mistakes.base import (
     SCALED,
     SOFTMAX,
@@ -13,6 +12,8 @@ from refattn.verify.mistakes.base import (
     without,
 )
 from refattn.verify.visible import stands_at, visible
+
+OVERFLOWS = (np.float32, 88), (np.float64, 709)  # exp of more is infinite
 
 
 def _rescaled(factor):
@@ -47,13 +48,16 @@ def _unnormalised(run, q, k, v, options):
     return np.exp(s - s.max(axis=1, keepdims=True, initial=-1e300)) @ v
 
 
-def _maximum_not_subtracted(run, q, k, v, options):
-    """What float32 gives: infinities over infinities where a score passes 88."""
-    s, seen = weights(q, k, options)
-    with np.errstate(over="ignore"):
-        a = np.where(seen, np.exp(s.astype(np.float32)), 0)
-    total = a.sum(axis=1, keepdims=True)
-    return (a / np.where(total == 0, 1, total)) @ v
+def _exponentials(dtype, divided):
+    """exp(s) as a dtype gives it, infinite where a score passes 88 or 709; then over its sum."""
+
+    def output(run, q, k, v, options):
+        s, seen = weights(q, k, options)
+        a = np.where(seen, np.exp(s.astype(dtype)), 0)
+        total = a.sum(axis=1, keepdims=True)
+        return (a / np.where(total == 0, 1, total) if divided else a) @ v
+
+    return output
 
 
 def _over_queries(run, q, k, v, options):
@@ -87,7 +91,8 @@ def _top_left(run, q, k, v, options):
 
 def _bottom_right(run, q, k, v, options):
     """Aligned at the last key, where the kernel's library aligns at the first."""
-    if not (options.get("causal") and options.get("top_left")):
+    bounded = options.get("causal") or "window" in options
+    if not (bounded and options.get("top_left")):
         return None
     return run(q, k, v, **changed(options, top_left=False))
 
@@ -121,19 +126,6 @@ def _softcap_after_mask(run, q, k, v, options):
     return (a / a.sum(axis=1, keepdims=True)) @ v if m else None
 
 
-def _window(change):
-    """A window whose sides are a little other than asked for."""
-
-    def output(run, q, k, v, options):
-        left, right = checks.window(options["window"])
-        sides = change(left, right)
-        if min(sides) < 0:
-            return None
-        return run(q, k, v, **changed(options, window=sides))
-
-    return output
-
-
 def _tail_dropped(tile):
     """Keys beyond the last whole tile are not read."""
 
@@ -147,22 +139,33 @@ def _tail_dropped(tile):
     return output
 
 
-def _empty_rows_mean(run, q, k, v, options):
-    empty = ~visible(len(q), len(k), options).any(axis=1)
-    y = run(q, k, v, **options)
-    return np.where(empty[:, None], v.mean(axis=0), y) if empty.any() else None
+def _empty_rows(value):
+    """Queries with nothing to attend get ``value(v)``."""
+
+    def output(run, q, k, v, options):
+        empty = ~visible(len(q), len(k), options).any(axis=1)
+        if not empty.any():
+            return None
+        return np.where(empty[:, None], value(v), run(q, k, v, **options))
+
+    return output
 
 
-def _empty_rows_nan(run, q, k, v, options):
-    empty = ~visible(len(q), len(k), options).any(axis=1)
-    y = run(q, k, v, **options)
-    return np.where(empty[:, None], np.nan, y) if empty.any() else None
+def _mean(v):
+    return v.mean(axis=0) if len(v) else np.zeros(v.shape[1])
+
+
+def _scale_ignored(run, q, k, v, options):
+    usual = q.shape[1] ** -0.5
+    if options.get("scale") in (None, usual):
+        return None
+    return run(q, k, v, **changed(options, scale=usual))
 
 
 MISTAKES = [
     Mistake(
         "scale missing",
-        "the scores are q . k, not q . k / sqrt(d)",
+        "the scores are q . k: the factor on them is missing",
         SCALED,
         _rescaled(lambda scale, q, v, o: 1.0 if scale != 1 else None),
     ),
@@ -174,9 +177,15 @@ MISTAKES = [
     ),
     Mistake(
         "scale upside down",
-        "the scores are multiplied by sqrt(d) instead of divided",
+        "the scores are divided by the factor on them, not multiplied with it",
         SCALED,
         _rescaled(lambda scale, q, v, o: 1 / scale if scale not in (-1, 0, 1) else None),
+    ),
+    Mistake(
+        "scale ignored",
+        "the scores are q . k / sqrt(d), whatever scale is asked for",
+        SCALED,
+        _scale_ignored,
     ),
     Mistake(
         "exp2 taken for exp",
@@ -211,7 +220,7 @@ MISTAKES = [
     Mistake(
         "bottom-right alignment",
         "the last query stands at the last key; this library aligns at the first",
-        ("softmax_attention",),
+        ("softmax_attention", "local_attention"),
         _bottom_right,
     ),
     Mistake(
@@ -238,49 +247,28 @@ MISTAKES = [
         _softcap_after_mask,
     ),
     Mistake(
-        "dilation ignored", "the window has no gaps", ("local_attention",), without("dilation")
-    ),
-    Mistake(
-        "window one short on the left",
-        "left is exclusive: the farthest key before the query is missing",
-        ("local_attention",),
-        _window(lambda left, right: (left - 1, right)),
-    ),
-    Mistake(
-        "window one short on the right",
-        "right is exclusive: the farthest key after the query is missing",
-        ("local_attention",),
-        _window(lambda left, right: (left, right - 1)),
-    ),
-    Mistake(
-        "window one short on both sides",
-        "both ends are exclusive",
-        ("local_attention",),
-        _window(lambda left, right: (left - 1, right - 1)),
-    ),
-    Mistake(
-        "window one long on both sides",
-        "there is a key too many at each end",
-        ("local_attention",),
-        _window(lambda left, right: (left + 1, right + 1)),
-    ),
-    Mistake(
-        "window on one side only",
-        "no key after the query is seen",
-        ("local_attention",),
-        _window(lambda left, right: (left, 0) if right else (-1, -1)),
-    ),
-    Mistake(
         "normaliser forgotten",
         "the weights do not sum to one: exp(s - max) is not divided by its sum",
         SOFTMAX,
         _unnormalised,
     ),
-    Mistake(
-        "maximum not subtracted",
-        "exp overflows where scores are large: subtract each row's maximum first",
-        SOFTMAX,
-        _maximum_not_subtracted,
+    *(
+        Mistake(
+            "maximum not subtracted",
+            f"exp overflows where scores pass {most}: subtract each row's maximum first",
+            SOFTMAX,
+            _exponentials(dtype, divided=True),
+        )
+        for dtype, most in OVERFLOWS
+    ),
+    *(
+        Mistake(
+            "neither maximum nor normaliser",
+            f"y is exp(scores) v: nothing is divided, and exp overflows where scores pass {most}",
+            SOFTMAX,
+            _exponentials(dtype, divided=False),
+        )
+        for dtype, most in OVERFLOWS
     ),
     Mistake(
         "softmax over the wrong axis",
@@ -294,19 +282,26 @@ MISTAKES = [
             f"keys beyond the last whole tile of {tile} are not read",
             ("softmax_attention", "local_attention", "sparse_attention"),
             _tail_dropped(tile),
+            number=str(tile),
         )
         for tile in (16, 32, 64, 128)
     ),
     Mistake(
         "empty row gives the mean",
-        "a query with nothing to attend gets the mean of v; here it gets 0",
+        "a query with nothing to attend gets the mean of v, which is not this convention's value",
         SOFTMAX,
-        _empty_rows_mean,
+        _empty_rows(_mean),
     ),
     Mistake(
         "empty row gives NaN",
-        "a query with nothing to attend gets NaN; here it gets 0",
+        "a query with nothing to attend gets NaN, which is not this convention's value",
         SOFTMAX,
-        _empty_rows_nan,
+        _empty_rows(lambda v: np.nan),
+    ),
+    Mistake(
+        "empty row gives 0",
+        "a query with nothing to attend gets 0, which is not this convention's value",
+        SOFTMAX,
+        _empty_rows(lambda v: 0.0),
     ),
 ]

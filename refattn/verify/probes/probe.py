@@ -44,7 +44,7 @@ def probe(
         Query i sees keys j <= i only.
     window : int or (int, int), optional
         Query i sees keys of its window only, as in ``local_attention``; counted as ``like``
-        counts.
+        counts; a token must see less than all others on each side.
     hidden : bool array (n,), optional
         True for keys that no query sees, such as ``~key_mask``. The kernel is then asked for n
         tokens in their order only.
@@ -122,7 +122,7 @@ def probe(
     if lead is None:
         lead = () if like is None else LEAD
     bench, w = _inputs(call, (*_lead(lead), n, d), number_type(dtype))
-    window = _window(window, causal, windowed, convention)
+    window = _window(window, causal, windowed, convention, n)
     hidden = None if hidden is None else _hidden(hidden, n)
     _callables(causal, resume, windowed)
     table = _table(bench, w, causal, window, hidden, linear, resume, windowed)
@@ -192,7 +192,7 @@ def _lead(lead):
     return [checks.whole("each entry of lead", size, least=1) for size in lead]
 
 
-def _window(window, causal, windowed, convention):
+def _window(window, causal, windowed, convention, n):
     """(left, right) as refattn counts, or None."""
     causal = checks.flag("causal", causal)
     if window is None:
@@ -202,7 +202,13 @@ def _window(window, causal, windowed, convention):
     options = Reference("local_attention", convention).translated(
         {"window": window, "causal": causal}
     )
-    return checks.window(options["window"], causal)
+    left, right = checks.window(options["window"], causal)
+    if max(left, right) >= n - 1:
+        raise ValueError(
+            f"window is {window!r}; expected sides below {n - 1} with {n} tokens, so that some "
+            "keys lie out of it: choose a larger shape"
+        )
+    return left, right
 
 
 def _hidden(hidden, n):
