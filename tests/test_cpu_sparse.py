@@ -51,11 +51,12 @@ MASKS = {
 class Formula:
     """The truth, as ``truth_of`` wants it."""
 
+    mechanism = "sparse_attention"
+
     forward, vjp = (
         staticmethod(refattn.sparse_attention),
         staticmethod(refattn.sparse_attention_vjp),
     )
-    has_scores = True
 
 
 def draw(mask, dtype=np.float64, lead=(), d=7, e=5, size=1.0):
