@@ -65,6 +65,11 @@ def softmax_attention_vjp(
     pairs = {"mask": mask, "bias": bias, "scale": scale, "softcap": softcap}
     saved = checks.saved(saved, (*rows, v.shape[-1]), q.dtype)
     found = over_spans_vjp(dy, q, k, v, spans, dlse=dlse, dtype=dtype, saved=saved, **pairs)
+    return _handed_out(found, q, k, v, bias, dtype)
+
+
+def _handed_out(found, q, k, v, bias, dtype):
+    """dq, dk, dv and, where a bias came, dbias: in their inputs' shapes and dtype."""
     shapes = [q.shape, k.shape, v.shape, *([np.shape(bias)] if bias is not None else [])]
     return gradients(found, shapes, dtype)
 
@@ -88,9 +93,7 @@ def some_rows_vjp(dy, q, k, v, *, spans, **pairs):
     q, k, v, dtype = checks.qkv(q, k, v)
     dy = checks.cotangent("dy", dy, (*checks.lead(q, k, v), q.shape[-2], v.shape[-1]), dtype)
     found = over_spans_vjp(dy, q, k, v, spans, dtype=dtype, **pairs)
-    bias = pairs.get("bias")
-    shapes = [q.shape, k.shape, v.shape, *([np.shape(bias)] if bias is not None else [])]
-    return gradients(found, shapes, dtype)
+    return _handed_out(found, q, k, v, pairs.get("bias"), dtype)
 
 
 @rows_of(formula.softmax_attention, backend="numba")
