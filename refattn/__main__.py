@@ -230,10 +230,6 @@ def main(arguments=None):
     except (ValueError, TypeError) as error:
         print(f"python -m refattn {options.command}: {error}", file=sys.stderr)
         return 2
-    except SystemExit as error:  # by the kernel: its status is not that of the check
-        words = f"the kernel raised SystemExit: {error}"
-        print(f"python -m refattn {options.command}: {words}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

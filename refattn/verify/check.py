@@ -11,7 +11,7 @@ from refattn.verify.call import Caller
 from refattn.verify.cases import cast, eps_of, number_type, too_short, trials
 from refattn.verify.compare import compare, numbers
 from refattn.verify.libraries import library_of
-from refattn.verify.like import HOUSE, LEAD, Reference, convention_of
+from refattn.verify.like import Reference, convention_of, lead_of
 from refattn.verify.mistakes import equal_mistakes
 from refattn.verify.report import Report
 from refattn.verify.truth import truth_of
@@ -129,7 +129,7 @@ def check(
             "gradients; expected a function gradients(dy, q, k, v) -> (dq, dk, dv)"
         )
     title = title or getattr(kernel, "__name__", type(kernel).__name__)
-    lead = lead_of(lead, convention)
+    lead = lead_of(lead, like)
     call = Caller(kernel, library, convention.layout, gradients, time_limit)
     reference = Reference(name, convention)
     options = {key: _as_numpy(x) for key, x in reference.translated(options).items()}
@@ -218,15 +218,6 @@ def _asked(kernel, gradients, time_limit):
             f"gradients is {gradients!r}; expected True, False or a function of dy, q, k and v"
         )
     checks.number("time_limit", time_limit, positive=True)
-
-
-def lead_of(lead, convention):
-    """The checked leading axes; where None, batch and heads if the layout names them."""
-    if lead is None:
-        return () if convention is HOUSE else LEAD
-    if not isinstance(lead, (tuple, list)):
-        raise TypeError(f"lead is {lead!r}; expected a tuple such as (2, 3)")
-    return tuple(checks.whole("lead", size, least=1) for size in lead)
 
 
 def _as_numpy(value):

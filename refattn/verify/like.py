@@ -139,6 +139,15 @@ def convention_of(like):
     return CONVENTIONS[like]
 
 
+def lead_of(lead, like):
+    """The checked leading axes; where None came, batch and heads for another library."""
+    if lead is None:
+        return () if like is None else LEAD
+    if not isinstance(lead, (tuple, list)):
+        raise TypeError(f"lead is {lead!r}; expected a tuple of sizes, such as (2, 3)")
+    return tuple(checks.whole("each entry of lead", size, least=1) for size in lead)
+
+
 class Reference:
     """An attention and its gradient as a library defines them.
 

@@ -9,7 +9,7 @@ from refattn import checks
 from refattn.verify.call import Caller
 from refattn.verify.cases import number_type
 from refattn.verify.libraries import library_of
-from refattn.verify.like import LEAD, Reference, convention_of
+from refattn.verify.like import Reference, convention_of, lead_of
 from refattn.verify.probes import promises
 from refattn.verify.probes.bench import Bench
 from refattn.verify.probes.promises import later_than, out_of_window, unseen
@@ -119,9 +119,7 @@ def probe(
     convention = convention_of(like)
     call = Caller(kernel, library_of(xp or convention.arrays, device), convention.layout)
     n, d = _shape(shape)
-    if lead is None:
-        lead = () if like is None else LEAD
-    bench, w = _inputs(call, (*_lead(lead), n, d), number_type(dtype))
+    bench, w = _inputs(call, (*lead_of(lead, like), n, d), number_type(dtype))
     window = _window(window, causal, windowed, convention, n)
     hidden = None if hidden is None else _hidden(hidden, n)
     _callables(causal, resume, windowed)
@@ -184,12 +182,6 @@ def _shape(shape):
         raise ValueError(f"shape is {shape!r}; expected (n, d), such as (24, 8)")
     n, d = shape
     return checks.whole("n", n, least=4), checks.whole("d", d, least=1)
-
-
-def _lead(lead):
-    if not isinstance(lead, (tuple, list)):
-        raise TypeError(f"lead is {lead!r}; expected a tuple of sizes, such as (2, 3)")
-    return [checks.whole("each entry of lead", size, least=1) for size in lead]
 
 
 def _window(window, causal, windowed, convention, n):
