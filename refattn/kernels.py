@@ -1,30 +1,74 @@
 """What the compiled kernels on the CPU share: how they are compiled, and how they are run."""
 
 import contextlib
+import contextvars
 import functools
 import math
+import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import numpy as np
 import scipy.linalg.cython_blas  # noqa: F401  cached kernels call it without asking for it
 import threadpoolctl
-from numba import njit
 
 from refattn.scalars import FASTMATH
 
+PIECES = 8  # of the tasks, for each thread
 _ONE_AT_A_TIME = threading.RLock()
 
 
-def compiled(function=None, *, parallel=True):
+def compiled(function):
     """Compile with Numba, once per machine: the machine code is kept on disk where that can be
     written."""
-    if function is None:
-        return functools.partial(compiled, parallel=parallel)
-    options = {"fastmath": FASTMATH, "parallel": parallel, "nogil": True, "error_model": "numpy"}
+    options = {"fastmath": FASTMATH, "nogil": True, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder that a cache could be in
-        return njit(**options)(function)
+        return numba.njit(**options)(function)
+
+
+@functools.cache
+def _pool(threads):
+    return ThreadPoolExecutor(threads, thread_name_prefix="refattn")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay behind in the parent
+
+
+def in_parallel(kernel, tasks, *arguments):
+    """Call ``kernel(first, last, *arguments)`` on pieces that make up range(tasks), from as many
+    threads as ``numba.get_num_threads`` says.
+
+    Compiled kernels hold no lock of Python's, so plain threads do for a loop over tasks what
+    ``prange`` would, and the compiler has half as much to do. A thread takes its next piece when
+    it is free, so tasks may differ in size. Ctrl-C ends the call after the pieces under way.
+    """
+    threads = numba.get_num_threads()
+    size = max(1, -(-tasks // (PIECES * threads)))
+    starts = iter(range(0, tasks, size))  # shared: each piece goes to whoever comes first
+
+    def work():
+        for first in starts:
+            kernel(first, min(first + size, tasks), *arguments)
+
+    if threads == 1 or size >= tasks:
+        work()
+        return
+    runs = [
+        _pool(threads).submit(contextvars.copy_context().run, work)
+        for _ in range(min(threads, -(-tasks // size)))
+    ]
+    try:
+        for run in runs:
+            run.result()
+    finally:
+        for _ in starts:  # after an error: nobody takes another piece
+            pass
+        for run in runs:
+            run.exception()
 
 
 @functools.cache

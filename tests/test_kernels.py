@@ -218,7 +218,7 @@ def test_without_compilation():
 def test_a_cache_that_cannot_be_written(tmp_path):
     folder = tmp_path / "file"
     folder.write_text("no folder")
-    script = "from refattn import kernels\n@kernels.compiled(parallel=False)\ndef f(x): return x\n"
+    script = "from refattn import kernels\n@kernels.compiled\ndef f(x): return x\n"
     script = f"exec(compile({script!r}, 'nowhere', 'exec'))\nprint(f(3))"
     assert fresh(script, NUMBA_CACHE_DIR=str(folder / "below")) == "3"
 

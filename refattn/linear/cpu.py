@@ -16,7 +16,7 @@ from refattn.linear.inputs import cotangents, prepare, pull_back
 from refattn.linear.maps import ELU, READY, RELU, Plain
 from refattn.linear.over_features import Inputs, attend, attend_vjp, nothing, start_state
 
-# Maps that kernels take themselves, so that features are never held at once.
+# Maps that the kernels compute, so that the features of all positions are never held at once.
 INSIDE = {id(FEATURE_MAPS["elu"]): ELU, id(FEATURE_MAPS["relu"]): RELU}
 AS_IT_IS = FeatureMap(identity, identity, identity_vjp, identity_vjp)
 
@@ -163,8 +163,9 @@ def _backward(dy, q, k, v, *, feature_map, causal, normalize, key_mask, initial_
         ready(np.broadcast_to(g, (*lead, *x.shape[1:]))).reshape(x.shape)
         for g, x in zip(dstate, (start.S, start.z), strict=True)
     )
-    grads, dstate = attend_vjp(dy.reshape(H, -1, e), inputs, start, causal, normalize, dstate)
-    if not all(np.isfinite(g).all() for g in (*grads, *dstate)):
+    dy = dy.reshape(H, -1, e)
+    grads, dstate, finite = attend_vjp(dy, inputs, start, causal, normalize, dstate)
+    if not finite:
         return None
     dphi_q, dphi_k, dv, *dstate = (g.reshape(*lead, *g.shape[1:]) for g in (*grads, *dstate))
     shapes = np.shape(q), np.shape(k), np.shape(v)

@@ -1,8 +1,8 @@
 """Feature maps of a block of rows, compiled: the features, and from their gradients to the rows'.
 
 Features of keys are in groups of columns, those of queries transposed, as in
-``refattn.performer.exponentials``. What a map is called with says which of the two it is, so that
-compiled code has only the maps in use.
+``refattn.linear.groups``. The type of ``maps`` says at compile time which map it is: code that held
+both would take twice as long to compile.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from refattn.performer.exponentials import (
     query_exponentials,
     query_exponentials_vjp,
 )
-from refattn.scalars import LOG2E, exp2
+from refattn.scalars import FASTMATH, LOG2E, exp2
 
 READY, ELU, RELU = 0, 1, 2  # features that came ready made; elu + 1; max(x, 0)
 DEEP = -80.0  # below it exp(x) may be less than exp2 gives
@@ -38,15 +38,14 @@ def by_map(plain, exponential):
     def choose(maps, *args):
         return (exponential if isinstance(maps, Exponentials) else plain)(maps, *args)
 
-    @overload(choose)
+    @overload(choose, strict=False, jit_options={"fastmath": FASTMATH, "error_model": "numpy"})
     def _(maps, *args):
-        chosen = exponential if maps.instance_class is Exponentials else plain
-        return lambda maps, *args: chosen(maps, *args)
+        return (exponential if maps.instance_class is Exponentials else plain).py_func
 
     return choose
 
 
-@compiled(parallel=False)
+@compiled
 def plain_keys(maps, x, seen, most, top, room):
     sums, rows = room.marks[1], x.shape[0]
     for r0 in range(0, maps.r, WIDTH):
@@ -59,7 +58,7 @@ def plain_keys(maps, x, seen, most, top, room):
     return rows
 
 
-@compiled(parallel=False)
+@compiled
 def plain_queries(maps, x, top, phi, room):
     rows = x.shape[0]
     for r0 in range(0, maps.r, WIDTH):
@@ -71,7 +70,7 @@ def plain_queries(maps, x, top, phi, room):
                 row[a] = g[a, c]
 
 
-@compiled(parallel=False)
+@compiled
 def apply(x, r0, kind, phi):
     """phi (rows, w) of the columns of x from r0 on. NaN stays NaN."""
     zero, one = x.dtype.type(0), x.dtype.type(1)
@@ -95,7 +94,7 @@ def apply(x, r0, kind, phi):
         deep_exponentials(x, r0, phi)
 
 
-@compiled(parallel=False)
+@compiled
 def deep_exponentials(x, r0, phi):
     """exp(x) down to the least number there is, as a product: a row of such features can still
     have a quotient."""
@@ -107,14 +106,14 @@ def deep_exponentials(x, r0, phi):
                 phi[a, c] = exp2(most) * exp2(t - most)
 
 
-@compiled(parallel=False)
+@compiled
 def plain_queries_vjp(maps, dphi, phi, x, part, dx):
     for a in range(x.shape[0]):
         for c in range(maps.r):
             dx[a, c] = dphi[c, a] * slope(x[a, c], phi[c, a], maps.kind)
 
 
-@compiled(parallel=False)
+@compiled
 def plain_keys_vjp(maps, dphi, phi, x, part, dx):
     for r0 in range(0, maps.r, WIDTH):
         g, p = group(dphi, maps.r, r0, x.shape[0]), group(phi, maps.r, r0, x.shape[0])
@@ -124,7 +123,7 @@ def plain_keys_vjp(maps, dphi, phi, x, part, dx):
                 out[r0 + c] = g[b, c] * slope(row[r0 + c], p[b, c], maps.kind)
 
 
-@compiled(parallel=False)
+@compiled
 def slope(x, phi, kind):
     """d phi / d x."""
     one, zero = type(x)(1), type(x)(0)

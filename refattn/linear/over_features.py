@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refattn.kernels import ready, running
+from refattn.kernels import in_parallel, ready, running
 from refattn.linear.maps import Plain
 from refattn.linear.tiles import BLOCK, CHUNK, State, gather, read, walk
 from refattn.linear.tiles_backward import gathered_vjp, read_vjp, walk_back, walk_vjp
@@ -24,9 +24,6 @@ class Inputs(NamedTuple):
     heads: np.ndarray
     maps: Plain | Exponentials
 
-    def rows(self):
-        return self.q, self.k, self.v, self.seen, self.heads, self.maps
-
 
 def nothing(inputs):
     """No positions, no columns or no heads."""
@@ -36,47 +33,60 @@ def nothing(inputs):
 def attend(inputs, start, causal, normalize):
     """y (H, n, e), whether it is finite, and S and z (H, ...) after all keys; ``start`` is a state
     (H, ...)."""
-    q, k, v, seen, heads, maps = inputs.rows()
+    q, k, v, seen, heads, maps = inputs
     y = np.empty((len(heads), q.shape[1], v.shape[2]), v.dtype)
-    with running():
+    with running(), np.errstate(invalid="ignore", over="ignore"):
         if causal:
             cuts = segments(k.shape[1], len(heads), CAUSAL_TASKS)
             states, _ = states_before(inputs, cuts, start)
-            finite = walk(q, k, v, seen, heads, maps, cuts, states, normalize, y)
+            finite = np.ones(tasks_of(heads, cuts), np.bool_)
+            rows = q, k, v, seen, heads, maps, cuts
+            in_parallel(walk, finite.size, *rows, states, normalize, y, finite)
             after = State(*(part[:, -1] for part in states))
         else:
             _, after = states_before(inputs, segments(k.shape[1], len(heads)), start, last=True)
             cuts = segments(q.shape[1], len(heads))
-            finite = read(q, heads, maps, cuts, after, normalize, y)
+            finite = np.ones(tasks_of(heads, cuts), np.bool_)
+            in_parallel(read, finite.size, q, heads, maps, cuts, after, normalize, y, finite)
     return y, bool(finite.all()), after.S, after.z
 
 
 def attend_vjp(dy, inputs, start, causal, normalize, dstate):
-    """(dq, dk, dv) (H, ...) and the gradient of ``start``, (S, z); ``dstate`` is that of the S and
-    z that came last."""
+    """(dq, dk, dv) (H, ...), the gradient of ``start``, (S, z), and whether all is finite.
+
+    ``dstate`` is the gradient of the S and z that came last.
+    """
     dq, dk, dv = (
         np.empty((len(inputs.heads), *x.shape[1:]), x.dtype) for x in (inputs.q, inputs.k, inputs.v)
     )
     run = _causal_vjp if causal else _full_vjp
-    with running():
+    with running(), np.errstate(invalid="ignore", over="ignore"):
         R, u = run(ready(dy), inputs, start, normalize, dstate, (dq, dk, dv))
-    return (dq, dk, dv), (R, u)
+    return (dq, dk, dv), (R, u), all(map(_finite, (dq, dk, dv, R, u)))
+
+
+def _finite(x):
+    """Piece by piece, so that memory stays flat."""
+    x = x.reshape(-1)
+    return all(np.isfinite(x[i : i + 2**20]).all() for i in range(0, len(x), 2**20))
 
 
 def _full_vjp(dy, inputs, start, normalize, dstate, out):
-    q, k, v, seen, heads, maps = inputs.rows()
+    q, k, v, seen, heads, maps = inputs
     _, after = states_before(inputs, segments(k.shape[1], len(heads)), start, last=True)
     cuts = segments(q.shape[1], len(heads))
     R, u = (np.zeros((len(heads), len(cuts) - 1, *x.shape[1:]), x.dtype) for x in dstate)
-    read_vjp(dy, q, heads, maps, cuts, after, normalize, (out[0], R, u))
+    rest = heads, maps, cuts, after, normalize, (out[0], R, u)
+    in_parallel(read_vjp, tasks_of(heads, cuts), dy, q, *rest)
     R, u = (sum(np.moveaxis(own, 1, 0), x) for own, x in zip((R, u), dstate, strict=True))
     cuts = segments(k.shape[1], len(heads))
-    gathered_vjp(k, v, seen, heads, maps, cuts, after.top, (ready(R), ready(u)), out[1:])
+    rest = heads, maps, cuts, after.top, (ready(R), ready(u)), out[1:]
+    in_parallel(gathered_vjp, tasks_of(heads, cuts), k, v, seen, *rest)
     return R, u
 
 
 def _causal_vjp(dy, inputs, start, normalize, dstate, out):
-    q, k, v, seen, heads, maps = inputs.rows()
+    q, k, v, seen, heads, maps = inputs
     cuts = segments(k.shape[1], len(heads), CAUSAL_TASKS)
     states, _ = states_before(inputs, cuts, start)
     base, rows = states.top.copy(), (q, k, v, seen)
@@ -84,7 +94,8 @@ def _causal_vjp(dy, inputs, start, normalize, dstate, out):
     pulls = np.empty((len(heads), 2, q.shape[1]), q.dtype)
     shifts = maps.r if isinstance(maps, Exponentials) else 0
     tops = np.empty((len(heads), -(-q.shape[1] // CHUNK), shifts), q.dtype)
-    walk_vjp(dy, rows, heads, maps, cuts, states, normalize, (out[0], pulls, tops, R, u))
+    rest = heads, maps, cuts, states, normalize, (out[0], pulls, tops, R, u)
+    in_parallel(walk_vjp, tasks_of(heads, cuts), dy, rows, *rest)
     later, shift = dstate, np.full_like(base[:, 0], -np.inf)
     for s in range(len(cuts) - 2, -1, -1):
         own, before = (R[:, s].copy(), u[:, s].copy()), base[:, s].copy()
@@ -93,7 +104,8 @@ def _causal_vjp(dy, inputs, start, normalize, dstate, out):
             factor = np.exp2(np.where(shift > -np.inf, before - shift, 0))
             later = own[0] + factor[..., None] * later[0], own[1] + factor * later[1]
             shift = before
-    walk_back(dy, rows, heads, maps, cuts, (pulls, tops), (R, u, base), out[1:])
+    rest = heads, maps, cuts, (pulls, tops), (R, u, base), out[1:]
+    in_parallel(walk_back, tasks_of(heads, cuts), dy, rows, *rest)
     return R[:, 0], u[:, 0]
 
 
@@ -102,6 +114,11 @@ def segments(n, H, tasks=TASKS):
     size = max(n * H / tasks, 512)
     count = max(1, round(n / size)) if tasks > H else 1
     return np.minimum(np.arange(count + 1) * BLOCK * -(-n // (BLOCK * count)), n)
+
+
+def tasks_of(heads, cuts):
+    """Each segment of each head."""
+    return len(heads) * (len(cuts) - 1)
 
 
 def start_state(maps, lead, shape, dtype):
@@ -113,11 +130,11 @@ def start_state(maps, lead, shape, dtype):
 
 def states_before(inputs, cuts, start, last=False):
     """States (H, segments, ...) before each segment of the keys; with ``last``, that after all."""
-    _, k, v, seen, heads, maps = inputs.rows()
+    _, k, v, seen, heads, maps = inputs
     count = len(cuts) - 1
     states = start_state(maps, (len(heads), count), start.S.shape[1:], v.dtype)
     if last or count > 1:
-        gather(k, v, seen, heads, maps, cuts, states)
+        in_parallel(gather, tasks_of(heads, cuts), k, v, seen, heads, maps, cuts, states)
     now = start
     for s in range(count):
         own = State(*(part[:, s].copy() for part in states))

@@ -11,7 +11,6 @@ is made in one order: the same bits for any number of threads.
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
 from refattn.kernels import compiled
 from refattn.linear.groups import WIDTH, add_product, fill, group, put
@@ -35,68 +34,53 @@ class Room(NamedTuple):
     phi_k: np.ndarray
     plain: np.ndarray  # features of queries before they are turned round
     A: np.ndarray  # weights and features of queries, see ``inside``
-    V: np.ndarray
-    weights: np.ndarray
+    V: np.ndarray  # values and S
+    weights: np.ndarray  # ones and z
     part: np.ndarray  # a product, before it is added
     marks: tuple  # four numbers a feature, of a block of keys
     line: np.ndarray  # a number a position
 
 
 @compiled
-def gather(k, v, seen, heads, maps, cuts, out):
+def gather(first, last, k, v, seen, heads, maps, cuts, out):
     """S, z and top of each segment of the keys, added to ``out``.
 
     k (., m, d), v (., m, e), seen (., m or 0): row h of ``heads`` says which of q, k, v and seen
     belongs to head h. Segment s is positions ``cuts[s]`` to ``cuts[s + 1]``.
     """
-    segments = out.S.shape[1]
-    for task in prange(len(heads) * segments):
-        h, s = task // segments, task % segments
-        state = State(out.S[h, s], out.z[h, s], out.top[h, s])
-        gather_segment(k[heads[h, 1]], v[heads[h, 2]], seen[heads[h, 3]], maps, cuts[s : s + 2],
-                       state)  # fmt: skip
-
-
-@compiled(parallel=False)
-def gather_segment(k, v, seen, maps, span, state):
-    room = room_for(maps, k, v)
+    room, segments = room_for(maps, k, v), len(cuts) - 1
     any_spread = k.dtype.type(np.inf)
-    for j in range(span[0], span[1], BLOCK):
-        end = min(j + BLOCK, span[1])
-        key_features(maps, k[j:end], seen[j:end], any_spread, state.top, room)
-        rescale(room.marks[0], state)
-        values = v[j:end]
-        if seen.size > 0:
-            values = room.V[: end - j]
-            show(v[j:end], seen[j:end], values)
-        advance(values, maps, room, state)
+    for task in range(first, last):
+        h, s = task // segments, task % segments
+        keys, values, shown = k[heads[h, 1]], v[heads[h, 2]], seen[heads[h, 3]]
+        state = State(out.S[h, s], out.z[h, s], out.top[h, s])
+        for j in range(cuts[s], cuts[s + 1], BLOCK):
+            end = min(j + BLOCK, cuts[s + 1])
+            key_features(maps, keys[j:end], shown[j:end], any_spread, state.top, room)
+            rescale(room.marks[0], state)
+            block = values[j:end]
+            if seen.size > 0:
+                block = room.V[: end - j]
+                show(values[j:end], shown[j:end], block)
+            advance(block, maps, room, state)
 
 
 @compiled
-def read(q, heads, maps, cuts, state, normalize, y):
-    """y (H, n, e) of every query over the whole of ``state`` (H, ...); for each segment of queries,
-    whether it came out finite."""
-    segments = len(cuts) - 1
-    finite = np.ones(len(heads) * segments, np.bool_)
-    for task in prange(len(heads) * segments):
+def read(first, last, q, heads, maps, cuts, state, normalize, y, finite):
+    """y (H, n, e) of every query over the whole of ``state`` (H, ...) is written, and of each
+    segment of queries whether it came out finite."""
+    room, segments = room_for(maps, q, y), len(cuts) - 1
+    for task in range(first, last):
         h, s = task // segments, task % segments
-        own = State(state.S[h], state.z[h], state.top[h])
-        finite[task] = read_segment(q[heads[h, 0]], maps, cuts[s : s + 2], own, normalize, y[h])
-    return finite
+        queries = q[heads[h, 0]]
+        past = past_of(State(state.S[h], state.z[h], state.top[h]), room)
+        for i in range(cuts[s], cuts[s + 1], BLOCK):
+            num = y[h, i : min(i + BLOCK, cuts[s + 1])]
+            x = queries[i : i + len(num)]
+            finite[task] &= read_block(maps, x, past, room, num, normalize)
 
 
-@compiled(parallel=False)
-def read_segment(q, maps, span, state, normalize, y):
-    room = room_for(maps, q, y)
-    past = past_of(state, room)
-    finite = True
-    for i in range(span[0], span[1], BLOCK):
-        num = y[i : min(i + BLOCK, span[1])]
-        finite &= read_block(maps, q[i : i + len(num)], past, room, num, normalize)
-    return finite
-
-
-@compiled(parallel=False)
+@compiled
 def read_exponentials(maps, x, past, room, num, normalize):
     phi_q = room.A[: maps.r * len(num)].reshape((maps.r, len(num)))
     query_features(maps, x, past.top, phi_q, room)
@@ -104,7 +88,7 @@ def read_exponentials(maps, x, past, room, num, normalize):
     return divide(num, room.line, normalize)
 
 
-@compiled(parallel=False)
+@compiled
 def read_plain(maps, x, past, room, num, normalize):
     """As ``read_exponentials``, without turning the features round."""
     rows = len(num)
@@ -124,41 +108,31 @@ read_block = by_map(read_plain, read_exponentials)
 
 
 @compiled
-def walk(q, k, v, seen, heads, maps, cuts, states, normalize, y):
-    """Causal: y (H, n, e) is written; for each segment, whether it came out finite.
+def walk(first, last, q, k, v, seen, heads, maps, cuts, states, normalize, y, finite):
+    """Causal: y (H, n, e) is written, and for each segment whether it came out finite.
 
     ``states`` (H, segments, ...) holds those before each segment, and at the end those after it.
     """
-    segments = len(cuts) - 1
-    finite = np.ones(len(heads) * segments, np.bool_)
-    for task in prange(len(heads) * segments):
+    room, segments = room_for(maps, k, v), len(cuts) - 1
+    for task in range(first, last):
         h, s = task // segments, task % segments
         at = heads[h]
         rows = q[at[0]], k[at[1]], v[at[2]], seen[at[3]]
         state = State(states.S[h, s], states.z[h, s], states.top[h, s])
-        finite[task] = walk_segment(rows, maps, cuts[s : s + 2], state, normalize, y[h])
-    return finite
+        past = past_of(state, room)
+        for start in range(cuts[s], cuts[s + 1], CHUNK):
+            stop, i = min(start + CHUNK, cuts[s + 1]), start
+            while i < stop:  # once, unless exponents rise so fast that the chunk is cut
+                A = inside(rows, i, stop, maps, past, room)
+                num = y[h, i : i + A.shape[1]]
+                numerators(A, maps.r, room, num)
+                finite[task] &= divide(num, room.line, normalize)
+                advance(room.V[BLOCK - len(num) : BLOCK], maps, room, past)
+                i += len(num)
+        put_state(past, state)
 
 
-@compiled(parallel=False)
-def walk_segment(rows, maps, span, state, normalize, y):
-    room = room_for(maps, rows[1], rows[2])
-    past = past_of(state, room)
-    finite = True
-    for start in range(span[0], span[1], CHUNK):
-        stop, i = min(start + CHUNK, span[1]), start
-        while i < stop:  # once, unless exponents rise so fast that the chunk is cut
-            A = inside(rows, i, stop, maps, past, room)
-            num = y[i : i + A.shape[1]]
-            numerators(A, maps.r, room, num)
-            finite &= divide(num, room.line, normalize)
-            advance(room.V[BLOCK - len(num) : BLOCK], maps, room, past)
-            i += len(num)
-    put_state(past, state)
-    return finite
-
-
-@compiled(parallel=False)
+@compiled
 def past_of(state, room):
     """A copy of the state in the last rows of ``room.V`` and ``room.weights``; see ``inside``."""
     past = State(room.V[BLOCK:], room.weights[BLOCK:], state.top)
@@ -166,14 +140,14 @@ def past_of(state, room):
     return past
 
 
-@compiled(parallel=False)
+@compiled
 def put_state(state, out):
     put(state.z, out.z)
     for c in range(state.S.shape[0]):
         put(state.S[c], out.S[c])
 
 
-@compiled(parallel=False)
+@compiled
 def inside(rows, i, stop, maps, past, room):
     """The weights of the block from i on, transposed: [tril(phi_q phi_k^T), phi_q]^T.
 
@@ -193,7 +167,7 @@ def inside(rows, i, stop, maps, past, room):
     return A
 
 
-@compiled(parallel=False)
+@compiled
 def inner_weights(phi_q, r, room, inner):
     """tril(phi_q phi_k^T)^T: keys down, queries across."""
     for r0 in range(0, r, WIDTH):
@@ -202,7 +176,7 @@ def inner_weights(phi_q, r, room, inner):
     hide_later(inner)
 
 
-@compiled(parallel=False)
+@compiled
 def hide_later(A):
     """0 where the key, down, is later than the query, across."""
     for b in range(A.shape[0]):
@@ -211,7 +185,7 @@ def hide_later(A):
             row[a] = row[a] if a >= b else row.dtype.type(0)
 
 
-@compiled(parallel=False)
+@compiled
 def numerators(A, r, room, num):
     """num = A^T [v; S], and den = A^T [1; z] in ``room.line``."""
     keys, rows = A.shape
@@ -223,16 +197,16 @@ def numerators(A, r, room, num):
     np.dot(weights, A, room.line[:rows])
 
 
-@compiled(parallel=False)
+@compiled
 def spread_of(x):
     """How far apart, in powers of two, the shifts of one block may be: the least exponent of exp2
     is far below, so what is lost is that far below a row's largest term."""
     return x.dtype.type(400 if x.itemsize == 8 else 50)
 
 
-@compiled(parallel=False)
+@compiled
 def room_for(maps, x, v):
-    kind, r, d, e = x.dtype, maps.r, x.shape[1], v.shape[1]
+    kind, r, d, e = x.dtype, maps.r, x.shape[2], v.shape[2]
     marks = np.ones(r, kind), np.empty(r, kind), np.empty(r, kind), np.empty(r, kind)
     return Room(
         np.empty(BLOCK * r, kind),
@@ -246,7 +220,7 @@ def room_for(maps, x, v):
     )
 
 
-@compiled(parallel=False)
+@compiled
 def show(v, seen, out):
     """v with zeros for hidden rows, whose NaN would come through a weight of 0."""
     for b in range(v.shape[0]):
@@ -256,7 +230,7 @@ def show(v, seen, out):
             into[c] = row.dtype.type(0) if hidden else row[c]
 
 
-@compiled(parallel=False)
+@compiled
 def rescale(shrink, state):
     """S and z under a new shift."""
     for c in range(shrink.shape[0]):
@@ -267,7 +241,7 @@ def rescale(shrink, state):
                 row[a] *= shrink[c]
 
 
-@compiled(parallel=False)
+@compiled
 def advance(values, maps, room, state):
     """S += phi_k^T v, z += the sum of phi_k."""
     for r0 in range(0, maps.r, WIDTH):
@@ -277,7 +251,7 @@ def advance(values, maps, room, state):
         state.z[c] += room.marks[1][c]
 
 
-@compiled(parallel=False)
+@compiled
 def divide(num, den, normalize):
     """num / den in place, 0 where den is 0; whether all is finite."""
     finite = 0

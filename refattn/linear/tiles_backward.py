@@ -8,7 +8,6 @@ form those from a key on, so that its second pass runs backwards, and no state i
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
 from refattn.kernels import compiled
 from refattn.linear.groups import WIDTH, add_product, fill, group, put
@@ -43,9 +42,9 @@ class Back(NamedTuple):
     tops: np.ndarray  # the shift before each part of a chunk that is cut
 
 
-@compiled(parallel=False)
+@compiled
 def back_for(maps, v):
-    kind, r, e = v.dtype, maps.r, v.shape[1]
+    kind, r, e = v.dtype, maps.r, v.shape[2]
     return Back(
         np.empty((BLOCK, e), kind),
         np.empty((BLOCK, e), kind),
@@ -59,31 +58,25 @@ def back_for(maps, v):
 
 
 @compiled
-def read_vjp(dy, q, heads, maps, cuts, state, normalize, out):
+def read_vjp(first, last, dy, q, heads, maps, cuts, state, normalize, out):
     """``out`` = (dq (H, n, d), R, u (H, segments, ...)), R and u of each segment of queries."""
-    segments = len(cuts) - 1
-    for task in prange(len(heads) * segments):
+    dq, R, u = out
+    room, back, segments = room_for(maps, q, dy), back_for(maps, dy), len(cuts) - 1
+    for task in range(first, last):
         h, s = task // segments, task % segments
-        own = State(state.S[h], state.z[h], state.top[h])
-        read_vjp_segment(dy[h], q[heads[h, 0]], maps, cuts[s : s + 2], own, normalize, out[0][h],
-                         out[1][h, s], out[2][h, s])  # fmt: skip
+        queries = q[heads[h, 0]]
+        past = past_of(State(state.S[h], state.z[h], state.top[h]), room)
+        for i in range(cuts[s], cuts[s + 1], BLOCK):
+            end = min(i + BLOCK, cuts[s + 1])
+            x, rows = queries[i:end], end - i
+            phi_q = room.A[: maps.r * rows].reshape((maps.r, rows))
+            query_features(maps, x, past.top, phi_q, room)
+            dA = outputs_vjp(dy[h, i:end], phi_q, maps.r, room, back, normalize)
+            send(phi_q, back, room, R[h, s], u[h, s])
+            query_vjp(maps, dA, phi_q, x, room.part, dq[h, i:end])
 
 
-@compiled(parallel=False)
-def read_vjp_segment(dy, q, maps, span, state, normalize, dq, R, u):
-    room, back = room_for(maps, q, dy), back_for(maps, dy)
-    past_of(state, room)
-    for i in range(span[0], span[1], BLOCK):
-        end = min(i + BLOCK, span[1])
-        x, rows = q[i:end], end - i
-        phi_q = room.A[: maps.r * rows].reshape((maps.r, rows))
-        query_features(maps, x, state.top, phi_q, room)
-        dA = outputs_vjp(dy[i:end], phi_q, maps.r, room, back, normalize)
-        send(phi_q, back, room, R, u)
-        query_vjp(maps, dA, phi_q, x, room.part, dq[i:end])
-
-
-@compiled(parallel=False)
+@compiled
 def outputs_vjp(dy, A, r, room, back, normalize):
     """dA, for the weights A; dnum, dden and 1 / den are left in ``back``."""
     keys, rows = A.shape
@@ -106,7 +99,7 @@ def outputs_vjp(dy, A, r, room, back, normalize):
     return dA
 
 
-@compiled(parallel=False)
+@compiled
 def pull_weights(V, weights, dnum, dden, dA):
     """dA = V dnum^T + weights dden^T."""
     for r0 in range(0, dA.shape[0], WIDTH):
@@ -117,7 +110,7 @@ def pull_weights(V, weights, dnum, dden, dA):
             row[a] += weight * dden[a]
 
 
-@compiled(parallel=False)
+@compiled
 def send(phi_q, back, room, R, u):
     """R += phi_q dnum, u += phi_q dden."""
     r, rows = phi_q.shape
@@ -129,32 +122,27 @@ def send(phi_q, back, room, R, u):
 
 
 @compiled
-def gathered_vjp(k, v, seen, heads, maps, cuts, top, back_state, out):
+def gathered_vjp(first, last, k, v, seen, heads, maps, cuts, top, back_state, out):
     """``out`` = (dk, dv) (H, m, ...) of every key, from R and u (H, ...) of all queries."""
-    segments = len(cuts) - 1
-    for task in prange(len(heads) * segments):
+    dk, dv = out
+    room, back, segments = room_for(maps, k, v), back_for(maps, v), len(cuts) - 1
+    any_spread, own = k.dtype.type(np.inf), np.empty_like(top[0])
+    for task in range(first, last):
         h, s = task // segments, task % segments
-        gathered_vjp_segment((k[heads[h, 1]], v[heads[h, 2]], seen[heads[h, 3]]), maps,
-                             cuts[s : s + 2], top[h], back_state[0][h], back_state[1][h],
-                             out[0][h], out[1][h])  # fmt: skip
+        keys, values, shown = k[heads[h, 1]], v[heads[h, 2]], seen[heads[h, 3]]
+        R, u = back_state[0][h], back_state[1][h]
+        put(top[h], own)
+        for j in range(cuts[s], cuts[s + 1], BLOCK):
+            end = min(j + BLOCK, cuts[s + 1])
+            x, block = keys[j:end], room.V[: end - j]
+            key_features(maps, x, shown[j:end], any_spread, own, room)
+            show(values[j:end], shown[j:end], block)
+            sent(block, maps, R, u, room, back, dv[h, j:end])
+            key_vjp(maps, back.dphi, room.phi_k, x, room.part, dk[h, j:end])
+            clear_hidden(shown[j:end], dk[h, j:end], dv[h, j:end])
 
 
-@compiled(parallel=False)
-def gathered_vjp_segment(rows, maps, span, top, R, u, dk, dv):
-    k, v, seen = rows
-    room, back = room_for(maps, k, v), back_for(maps, v)
-    any_spread, own = k.dtype.type(np.inf), top.copy()
-    for j in range(span[0], span[1], BLOCK):
-        end = min(j + BLOCK, span[1])
-        x, values = k[j:end], room.V[: end - j]
-        key_features(maps, x, seen[j:end], any_spread, own, room)
-        show(v[j:end], seen[j:end], values)
-        sent(values, maps, R, u, room, back, dv[j:end])
-        key_vjp(maps, back.dphi, room.phi_k, x, room.part, dk[j:end])
-        clear_hidden(seen[j:end], dk[j:end], dv[j:end])
-
-
-@compiled(parallel=False)
+@compiled
 def sent(values, maps, R, u, room, back, dv):
     """dv = phi_k R, dphi_k = v R^T + u: what queries beyond the block send to its keys."""
     for r0 in range(0, maps.r, WIDTH):
@@ -168,7 +156,7 @@ def sent(values, maps, R, u, room, back, dv):
                 row[c] += u[r0 + c]
 
 
-@compiled(parallel=False)
+@compiled
 def clear_hidden(seen, dk, dv):
     if seen.size > 0:
         for b in range(len(seen)):
@@ -178,7 +166,7 @@ def clear_hidden(seen, dk, dv):
 
 
 @compiled
-def walk_vjp(dy, rows, heads, maps, cuts, states, normalize, out):
+def walk_vjp(first, last, dy, rows, heads, maps, cuts, states, normalize, out):
     """Causal, once forward: ``out`` = (dq (H, n, d), pulls (H, 2, n), tops (H, chunks, r), R, u
     (H, segments, ...)) is written.
 
@@ -187,46 +175,44 @@ def walk_vjp(dy, rows, heads, maps, cuts, states, normalize, out):
     """
     q, k, v, seen = rows
     dq, pulls, tops, R, u = out
+    room, back, base = room_for(maps, k, v), back_for(maps, v), np.empty_like(states.top[0, 0])
     segments = len(cuts) - 1
-    for task in prange(len(heads) * segments):
+    for task in range(first, last):
         h, s = task // segments, task % segments
         at = heads[h]
         own = q[at[0]], k[at[1]], v[at[2]], seen[at[3]]
-        state = State(states.S[h, s], states.z[h, s], states.top[h, s])
-        walk_vjp_segment(dy[h], own, maps, cuts[s : s + 2], state, normalize,
-                         (dq[h], pulls[h], tops[h], R[h, s], u[h, s]))  # fmt: skip
+        past = past_of(State(states.S[h, s], states.z[h, s], states.top[h, s]), room)
+        put(past.top, base)
+        for start in range(cuts[s], cuts[s + 1], CHUNK):
+            stop, i = min(start + CHUNK, cuts[s + 1]), start
+            put(past.top[: tops.shape[2]], tops[h, start // CHUNK])
+            while i < stop:
+                A = inside(own, i, stop, maps, past, room)
+                count = A.shape[1]
+                end = i + count
+                dA = outputs_vjp(dy[h, i:end], A, maps.r, room, back, normalize)
+                put(back.share[:count], pulls[h, 0, i:end])
+                put(back.dden[:count], pulls[h, 1, i:end])
+                phi_q, dphi = A[count:], dA[count:]
+                pull_inner(dA[:count], maps, room, dphi)
+                query_vjp(maps, dphi, phi_q, own[0][i:end], room.part, dq[h, i:end])
+                if s > 0:
+                    lower(phi_q, base, past.top)
+                    send(phi_q, back, room, R[h, s], u[h, s])
+                advance(room.V[BLOCK - count : BLOCK], maps, room, past)
+                i = end
 
 
-@compiled(parallel=False)
-def walk_vjp_segment(dy, rows, maps, span, state, normalize, out):
-    dq, pulls, tops, R, u = out
-    room, back, base = room_for(maps, rows[1], dy), back_for(maps, dy), state.top.copy()
-    past = past_of(state, room)
-    for start in range(span[0], span[1], CHUNK):
-        stop, i = min(start + CHUNK, span[1]), start
-        put(past.top[: tops.shape[1]], tops[start // CHUNK])
-        while i < stop:
-            A = inside(rows, i, stop, maps, past, room)
-            count = A.shape[1]
-            end = i + count
-            dA = outputs_vjp(dy[i:end], A, maps.r, room, back, normalize)
-            put(back.share[:count], pulls[0, i:end])
-            put(back.dden[:count], pulls[1, i:end])
-            phi_q, inner, dphi = A[count:], dA[:count], dA[count:]
-            hide_later(inner)
-            # weights of the block's keys: phi_k @ phi_q
-            for r0 in range(0, maps.r, WIDTH):
-                g = group(room.phi_k, maps.r, r0, count)
-                add_product(g.T, inner, room.part, dphi[r0 : r0 + WIDTH], True)
-            query_vjp(maps, dphi, phi_q, rows[0][i:end], room.part, dq[i:end])
-            if span[0] > 0:
-                lower(phi_q, base, past.top)
-                send(phi_q, back, room, R, u)
-            advance(room.V[BLOCK - count : BLOCK], maps, room, past)
-            i = end
+@compiled
+def pull_inner(inner, maps, room, dphi):
+    """dphi_q += phi_k^T inner: what comes through the weights of the block's keys."""
+    hide_later(inner)
+    for r0 in range(0, maps.r, WIDTH):
+        g = group(room.phi_k, maps.r, r0, len(inner))
+        add_product(g.T, inner, room.part, dphi[r0 : r0 + WIDTH], True)
 
 
-@compiled(parallel=False)
+@compiled
 def lower(phi_q, base, top):
     """phi_q under the shift ``base`` instead of ``top``, which is not below it."""
     for c in range(len(base)):
@@ -236,7 +222,7 @@ def lower(phi_q, base, top):
 
 
 @compiled
-def walk_back(dy, rows, heads, maps, cuts, kept, sums, out):
+def walk_back(first, last, dy, rows, heads, maps, cuts, kept, sums, out):
     """Causal, once backward: ``out`` = (dk, dv) (H, n, ...) is written.
 
     ``kept`` = (pulls, tops) of ``walk_vjp``. ``sums`` = (R, u, base) (H, segments, ...): R and u of
@@ -246,40 +232,33 @@ def walk_back(dy, rows, heads, maps, cuts, kept, sums, out):
     pulls, tops = kept
     R, u, base = sums
     dk, dv = out
+    room, back = room_for(maps, k, v), back_for(maps, v)
+    top, starts = np.zeros(maps.r, k.dtype), np.empty(CHUNK + 1, np.int64)
     segments = len(cuts) - 1
-    for task in prange(len(heads) * segments):
+    for task in range(first, last):
         h, s = task // segments, task % segments
         at = heads[h]
         own = q[at[0]], k[at[1]], v[at[2]], seen[at[3]]
-        walk_back_segment(dy[h], own, maps, cuts[s : s + 2], (pulls[h], tops[h]),
-                          (R[h, s], u[h, s], base[h, s]), dk[h], dv[h])  # fmt: skip
+        later = R[h, s], u[h, s], base[h, s]
+        for chunk in range((cuts[s + 1] - cuts[s] + CHUNK - 1) // CHUNK - 1, -1, -1):
+            start = cuts[s] + chunk * CHUNK
+            stop, parts, i = min(start + CHUNK, cuts[s + 1]), 0, start
+            put(tops[h, start // CHUNK], top)
+            while i < stop:  # where the chunk was cut on the way forward
+                starts[parts], starts[parts + 1] = i, stop
+                put(top, back.tops[parts])
+                i += key_features(maps, own[1][i:stop], own[3][i:stop], spread_of(k), top, room)
+                parts += 1
+            for part in range(parts - 1, -1, -1):
+                i, end = starts[part], starts[part + 1]
+                if parts > 1:
+                    put(back.tops[part], top)
+                    key_features(maps, own[1][i:end], own[3][i:end], spread_of(k), top, room)
+                block_back(dy[h], own, i, end, maps, top, later, pulls[h], (room, back),
+                           (dk[h], dv[h]))  # fmt: skip
 
 
-@compiled(parallel=False)
-def walk_back_segment(dy, rows, maps, span, kept, sums, dk, dv):
-    q, k, v, seen = rows
-    pulls, tops = kept
-    room, back = room_for(maps, k, dy), back_for(maps, dy)
-    top, starts = np.zeros(maps.r, k.dtype), np.empty(CHUNK + 1, np.int64)
-    chunks = (span[1] - span[0] + CHUNK - 1) // CHUNK
-    for chunk in range(chunks - 1, -1, -1):
-        start = span[0] + chunk * CHUNK
-        stop, parts, i = min(start + CHUNK, span[1]), 0, start
-        put(tops[start // CHUNK], top)
-        while i < stop:  # where the chunk was cut on the way forward
-            starts[parts], starts[parts + 1] = i, stop
-            put(top, back.tops[parts])
-            i += key_features(maps, k[i:stop], seen[i:stop], spread_of(k), top, room)
-            parts += 1
-        for part in range(parts - 1, -1, -1):
-            i, end = starts[part], starts[part + 1]
-            if parts > 1:
-                put(back.tops[part], top)
-                key_features(maps, k[i:end], seen[i:end], spread_of(k), top, room)
-            block_back(dy, rows, i, end, maps, top, sums, pulls, (room, back), (dk, dv))
-
-
-@compiled(parallel=False)
+@compiled
 def block_back(dy, rows, i, end, maps, top, sums, pulls, work, out):
     """Keys i to end against the queries among them and all later ones, whose R and u come in."""
     q, k, v, seen = rows
@@ -312,7 +291,7 @@ def block_back(dy, rows, i, end, maps, top, sums, pulls, work, out):
     send(phi_q, back, room, R, u)
 
 
-@compiled(parallel=False)
+@compiled
 def raise_sums(top, base, R, u):
     """R and u of later queries under the shift ``top`` instead of ``base``, which is not below."""
     for c in range(len(top)):

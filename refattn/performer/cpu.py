@@ -39,12 +39,12 @@ def performer_attention_vjp(
     options = {"omega": omega, "kind": kind, "causal": causal, "key_mask": key_mask, "scale": scale}
     inputs, lead, dtype, shape = _inputs(q, k, v, **options)
     H, n, e = len(inputs.heads), inputs.q.shape[1], inputs.v.shape[2]
-    dy = checks.cotangent("dy", dy, (*lead, n, e), dtype)
+    up = checks.cotangent("dy", dy, (*lead, n, e), dtype).reshape(H, n, e)
     if nothing(inputs):
         return formula.performer_attention_vjp(dy, q, k, v, **options)
-    start = start_state(inputs.maps, (H,), shape, dy.dtype)
-    grads, _ = attend_vjp(dy.reshape(H, n, e), inputs, start, causal, True, start[:2])
-    if not all(np.isfinite(g).all() for g in grads):
+    start = start_state(inputs.maps, (H,), shape, up.dtype)
+    grads, _, finite = attend_vjp(up, inputs, start, causal, True, start[:2])
+    if not finite:
         return formula.performer_attention_vjp(dy, q, k, v, **options)
     grads = [g.reshape(*lead, *g.shape[1:]) for g in grads]
     return gradients(grads, (np.shape(q), np.shape(k), np.shape(v)), dtype)

@@ -51,13 +51,13 @@ def sine(t, turn):
     return (f + f * g * p) * (kind(1) - kind(2) * odd)
 
 
-@compiled(parallel=False)
+@compiled
 def turn_of(c, w, zero):
     """Of the w features in a group the first half are cosines."""
     return zero + type(zero)(0.5) if 2 * c < w else zero
 
 
-@compiled(parallel=False)
+@compiled
 def key_exponentials(maps, x, seen, most, top, room):
     """The shifted features of as many first keys of x as can share a shift; how many they are.
 
@@ -74,13 +74,12 @@ def key_exponentials(maps, x, seen, most, top, room):
     raise_to(low, top, phi, h, kind, first, min(first + 1, count))
     raise_to(high, low, phi, h, kind, first, count)
     if apart(high, low, most):
-        count = first + 1
+        count = first
         raise_to(high, low, phi, h, kind, first, count)
-        while True:
+        while not apart(high, low, most):  # until the key that comes out too high
             raise_to(high, high, phi, h, kind, count, count + 1)
-            if apart(high, low, most):
-                break
             count += 1
+        count -= 1
         raise_to(high, low, phi, h, kind, first, count)
     for c in range(maps.r):
         shrink[c] = exp2(top[c] - high[c]) if high[c] > none else x.dtype.type(1)
@@ -92,7 +91,7 @@ def key_exponentials(maps, x, seen, most, top, room):
     return count
 
 
-@compiled(parallel=False)
+@compiled
 def key_exponents(x, seen, maps, phi, h):
     """h = -|x|^2 / 2, or + for sines, and -inf for hidden keys; phi = t + h, or t for sines.
 
@@ -120,7 +119,7 @@ def key_exponents(x, seen, maps, phi, h):
     return first
 
 
-@compiled(parallel=False)
+@compiled
 def raise_to(high, low, phi, h, kind, first, last):
     """high = the maximum of low and of the exponents of these keys."""
     for c in range(high.shape[0]):
@@ -133,7 +132,7 @@ def raise_to(high, low, phi, h, kind, first, last):
                 high[r0 + c] = max(high[r0 + c], h[b] if kind == TRIG else row[c])
 
 
-@compiled(parallel=False)
+@compiled
 def apart(high, low, most):
     """Whether some entries are more than ``most`` apart."""
     count = 0
@@ -142,7 +141,7 @@ def apart(high, low, most):
     return count > 0
 
 
-@compiled(parallel=False)
+@compiled
 def shift_keys(phi, h, kind, top, base, count):
     """From exponents or angles to features."""
     r, zero = top.shape[0], top.dtype.type(0)
@@ -165,7 +164,7 @@ def shift_keys(phi, h, kind, top, base, count):
                     row[c] = exp2(row[c] - shift[c])
 
 
-@compiled(parallel=False)
+@compiled
 def query_exponentials(maps, x, top, phi, room):
     """phi (r, rows) gets the features of queries: their exponents with the keys' shifts, less their
     own largest, which cancels in the quotient."""
@@ -196,7 +195,7 @@ def query_exponentials(maps, x, top, phi, room):
                 row[a] = exp2(row[a] - best[a])
 
 
-@compiled(parallel=False)
+@compiled
 def query_exponentials_vjp(maps, dphi, phi, x, part, dx):
     """From dphi (r, rows), which is written to, to dx.
 
@@ -218,7 +217,7 @@ def query_exponentials_vjp(maps, dphi, phi, x, part, dx):
         add_product(g.T, maps.W[r0 : r0 + w], part, dx, r0 > 0)
 
 
-@compiled(parallel=False)
+@compiled
 def key_exponentials_vjp(maps, dphi, phi, x, part, dx):
     """From dphi, in groups like phi, to dx: d phi_r = phi_r (omega_r - x) dx for a positive
     feature, + x for sines. dphi is written to."""

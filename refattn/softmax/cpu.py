@@ -5,7 +5,7 @@ import numpy as np
 from refattn import checks
 from refattn.arrays import gradients
 from refattn.dispatch import rows_of
-from refattn.kernels import heads_of, joined, ready, running
+from refattn.kernels import heads_of, in_parallel, joined, ready, running
 from refattn.scalars import LN2, LOG2E
 from refattn.softmax import formula
 from refattn.softmax.tiles import attend
@@ -122,7 +122,10 @@ def over_spans(q, k, v, spans, *, dtype, mask=None, bias=None, scale=None, softc
         return _without_kernel(q, k, v, spans, given)
     tile = WIDE if q.dtype == np.float32 and (spans[:, 1] - spans[:, 0]).mean() > 512 else NARROW
     with running():
-        finite = attend(*arrays[:3], heads, spans, *arrays[3:], numbers, tile, (y, lse))
+        tasks = len(heads) * -(-n // tile[0])
+        finite = np.ones(tasks, np.bool_)
+        rest = heads, spans, *arrays[3:], numbers, tile, (y, lse, finite)
+        in_parallel(attend, tasks, *arrays[:3], *rest)
     if not finite.all():  # a NaN, perhaps out of sight: 0 times NaN is NaN
         return _without_kernel(q, k, v, spans, given)
     return y.reshape(*lead, n, e), lse.reshape(*lead, n)
@@ -153,7 +156,8 @@ def over_spans_vjp(
     ds = np.zeros((H, n, m) if bias is not None else (0, 0, 0), q.dtype)
     pairs = (*arrays[3:], lse.astype(q.dtype, copy=False), delta)
     with running():
-        attend_vjp(dy, *arrays[:3], heads, spans, pairs, numbers, plan, (dq, dk, dv, ds))
+        rest = heads, spans, pairs, numbers, plan, (dq, dk, dv, ds)
+        in_parallel(attend_vjp, H * len(plan), dy, *arrays[:3], *rest)
     dq = joined(dq, plan, n)
     factor = q.dtype.type(numbers[0] * LN2)  # the scale
     found = [factor * dq, factor * dk, dv]

@@ -6,64 +6,71 @@ queries; along a row of queries' scores they would be sums within a vector, four
 """
 
 import numpy as np
-from numba import prange
 
 from refattn.kernels import compiled
 from refattn.scalars import LN2, LOG2E, exp2, tanh
 
 
 @compiled
-def attend(q, k, v, heads, spans, mask, bias, numbers, tile, out):
-    """Online softmax attention: ``out`` = (y (H, n, e), lse (H, n)) is written.
+def attend(first, last, q, k, v, heads, spans, mask, bias, numbers, tile, out):
+    """Online softmax attention: ``out`` = (y (H, n, e), lse (H, n), finite) is written.
+
+    Tasks ``first`` to ``last`` are tiles of queries, of one head after another; finite says of each
+    whether it came out so.
 
     q (., n, d), k (., m, d), v (., m, e), mask and bias (., n or 1, m or 1), or of size 0: row h of
     ``heads`` says which of each belongs to head h. Query i sees the keys of
     ``spans[i]`` = (first, last + 1) that the mask leaves. ``numbers`` = (scale, softcap), both
     times log2 e, so that exp is 2**; a softcap of 0 is none.
-
-    Returns whether each tile of queries came out finite.
     """
-    y, lse = out
-    H, n, e = y.shape
-    tiles = (n + tile[0] - 1) // tile[0]
-    finite = np.ones(H * tiles, np.bool_)
-    for t in prange(H * tiles):
-        h, i = t // tiles, t % tiles
-        # Causal tiles grow with i: low and high ones take turns, so that threads share alike.
-        i = i // 2 if i % 2 == 0 else tiles - 1 - i // 2
-        finite[t] = attend_tile(q, k, v, heads[h], spans, mask, bias, numbers, tile, y, lse, h, i)
-    return finite
-
-
-@compiled(parallel=False)
-def attend_tile(q, k, v, at, spans, mask, bias, numbers, tile, y, lse, h, i):
-    """One tile of queries over all keys that they see."""
+    y, lse, finite = out
     wide, deep = tile
-    e, n = v.shape[2], q.shape[1]
-    i0 = i * wide
-    count = min(wide, n - i0)
-    qT = packed(q[at[0], i0 : i0 + count], numbers[0], wide)  # (d, wide)
-    lo, hi, bounds = span_of(spans, i0, count, wide)
-    top = np.full(wide, q.dtype.type(-np.inf), q.dtype)  # running maximum of each query's scores
-    base = np.zeros(wide, q.dtype)  # the same, and 0 where nothing has been seen
-    before = np.zeros(wide, q.dtype)
-    total = np.zeros(wide, q.dtype)
-    acc = np.zeros((e, wide), q.dtype)
-    part = np.empty((e, wide), q.dtype)
-    state = top, base, before, total, acc, part
+    n, tiles = q.shape[1], len(finite) // len(y)
+    qT, state = np.empty((q.shape[2], wide), q.dtype), sums_for(v, wide)
     s, none = np.empty((deep, wide), q.dtype), np.empty((0, 0), q.dtype)
-    for j0 in range(bounds[0], bounds[3], deep):
-        j1 = min(j0 + deep, bounds[3])
-        st = s[: j1 - j0]
-        np.dot(k[at[1], j0:j1], qT, st)
-        shape_scores(st, j0, i0, count, at, mask, bias, numbers[1], none)
-        if j0 < bounds[1] or j1 > bounds[2]:  # some query does not see all of this tile
-            hide(st, j0, lo, hi)
-        absorb(st, v[at[2], j0:j1], state)
-    return write(acc, total, base, y[h, i0 : i0 + count], lse[h, i0 : i0 + count])
+    lo, hi, bounds = np.empty(wide, np.int64), np.empty(wide, np.int64), np.empty(4, np.int64)
+    for t in range(first, last):
+        h, i = t // tiles, t % tiles
+        # Causal tiles grow with i: low and high ones take turns, so that pieces are alike.
+        i0 = wide * (i // 2 if i % 2 == 0 else tiles - 1 - i // 2)
+        at, i1 = heads[h], min(i0 + wide, n)
+        packed(q[at[0], i0:i1], numbers[0], qT)
+        span_of(spans, i0, i1 - i0, lo, hi, bounds)
+        clear(state)
+        for j0 in range(bounds[0], bounds[3], deep):
+            j1 = min(j0 + deep, bounds[3])
+            st = s[: j1 - j0]
+            np.dot(k[at[1], j0:j1], qT, st)
+            shape_scores(st, j0, i0, i1 - i0, at, mask, bias, numbers[1], none)
+            if j0 < bounds[1] or j1 > bounds[2]:  # some query does not see all of this tile
+                hide(st, j0, lo, hi)
+            absorb(st, v[at[2], j0:j1], state)
+        finite[t] = write(state, y[h, i0:i1], lse[h, i0:i1])
 
 
-@compiled(parallel=False)
+@compiled
+def sums_for(v, wide):
+    """Room for what ``absorb`` keeps of a tile of queries: the running maximum of each query's
+    scores; the same, and 0 where nothing has been seen; the one before; the sums of weights and of
+    weighted values; and a product before it is added."""
+    rows = np.empty((4, wide), v.dtype)
+    acc = np.empty((2, v.shape[2], wide), v.dtype)
+    return rows[0], rows[1], rows[2], rows[3], acc[0], acc[1]
+
+
+@compiled
+def clear(state):
+    """Nothing seen yet."""
+    top, base, _, total, acc, _ = state
+    for a in range(len(top)):
+        top[a], base[a], total[a] = -np.inf, 0, 0
+    for c in range(len(acc)):
+        row = acc[c]
+        for a in range(len(row)):
+            row[a] = 0
+
+
+@compiled
 def absorb(st, v, state):
     """Online softmax: a tile of scores and its values join the sums so far."""
     top, base, before, total, acc, part = state
@@ -98,30 +105,40 @@ def absorb(st, v, state):
             row[a] += more[a]
 
 
-@compiled(parallel=False)
-def packed(x, scale, wide):
-    """scale * x^T, (columns, wide), with zeros for rows that x lacks."""
-    xT = np.zeros((x.shape[1], wide), x.dtype)
+@compiled
+def packed(x, scale, xT):
+    """xT (columns, wide) = scale * x^T, with zeros for rows that x lacks."""
     for a in range(x.shape[0]):
         for c in range(x.shape[1]):
             xT[c, a] = x[a, c] * scale
-    return xT
+    for a in range(x.shape[0], xT.shape[1]):
+        for c in range(x.shape[1]):
+            xT[c, a] = 0
 
 
-@compiled(parallel=False)
-def span_of(spans, i0, count, wide):
+@compiled
+def padded(x, scale, out):
+    """out (wide, columns) = scale * x, with zeros for rows that x lacks."""
+    for a in range(out.shape[0]):
+        row = out[a]
+        for c in range(x.shape[1]):
+            row[c] = x[a, c] * scale if a < x.shape[0] else 0
+
+
+@compiled
+def span_of(spans, i0, count, lo, hi, bounds):
     """First and last + 1 key of each query of a tile, and (least first, largest first, least last,
-    largest last) of them."""
-    lo, hi = np.zeros(wide, np.int64), np.zeros(wide, np.int64)
-    bounds = np.array([2**62, 0, 2**62, 0])
+    largest last) of them; none for queries that are not there."""
+    bounds[0], bounds[1], bounds[2], bounds[3] = 2**62, 0, 2**62, 0
+    for a in range(count, len(lo)):
+        lo[a], hi[a] = 0, 0
     for a in range(count):
         lo[a], hi[a] = spans[i0 + a, 0], spans[i0 + a, 1]
         bounds[0], bounds[1] = min(bounds[0], lo[a]), max(bounds[1], lo[a])
         bounds[2], bounds[3] = min(bounds[2], hi[a]), max(bounds[3], hi[a])
-    return lo, hi, bounds
 
 
-@compiled(parallel=False)
+@compiled
 def hide(st, j0, lo, hi):
     """-inf for the keys that are out of a query's span."""
     hidden = st.dtype.type(-np.inf)
@@ -131,7 +148,7 @@ def hide(st, j0, lo, hi):
             row[a] = row[a] if lo[a] <= j < hi[a] else hidden
 
 
-@compiled(parallel=False)
+@compiled
 def shape_scores(st, j0, i0, count, at, mask, bias, softcap, slope):
     """Softcap, bias and mask, in this order, on a tile of scores; the softcap's slope is kept where
     there is room for it."""
@@ -160,9 +177,12 @@ def shape_scores(st, j0, i0, count, at, mask, bias, softcap, slope):
                     st[b, a] = kind(-np.inf)
 
 
-@compiled(parallel=False)
-def write(acc, total, base, y, lse):
-    """acc / total, and base + log2 total in natural units; a row that saw nothing is 0 and -inf."""
+@compiled
+def write(state, y, lse):
+    """acc / total, and base + log2 total in natural units; a row that saw nothing is 0 and -inf.
+
+    Returns whether all is finite."""
+    _, base, _, total, acc, _ = state
     finite = True
     kind = y.dtype.type
     for a in range(y.shape[0]):

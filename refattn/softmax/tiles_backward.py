@@ -5,17 +5,16 @@ dQ = dS K, dK = dS^T Q. Tiles are transposed, keys down and queries across, as i
 """
 
 import numpy as np
-from numba import prange
 
 from refattn.kernels import compiled
 from refattn.scalars import exp2
-from refattn.softmax.tiles import hide, packed, shape_scores, span_of
+from refattn.softmax.tiles import hide, packed, padded, shape_scores, span_of
 
 WIDE, DEEP, BAND = 64, 64, 8  # queries and keys of a tile, tiles of queries that are packed at once
 
 
 @compiled
-def attend_vjp(dy, q, k, v, heads, spans, pairs, numbers, plan, out):
+def attend_vjp(first, last, dy, q, k, v, heads, spans, pairs, numbers, plan, out):
     """``out`` = (dq, dk, dv, ds) is written, dq in parts.
 
     ``pairs`` = (mask, bias, lse, delta): lse and delta (H, n) in units of the scores that exp2
@@ -24,27 +23,21 @@ def attend_vjp(dy, q, k, v, heads, spans, pairs, numbers, plan, out):
     stand; parts do not depend on the number of threads, and each is added up in one order. ``ds``
     (H, n, m) gets the gradient of the scores, or has size 0.
     """
-    H, parts = heads.shape[0], plan.shape[0]
-    for task in prange(H * parts):
-        _part(dy, q, k, v, heads[task // parts], spans, pairs, numbers, plan[task % parts], out,
-              task // parts)  # fmt: skip
-
-
-@compiled(parallel=False)
-def _part(dy, q, k, v, at, spans, pairs, numbers, part, out, h):
-    """All queries against the keys of one part, of one head; BAND tiles of queries at a time, so
-    that what is packed of them stays in the second-level cache while the keys go by."""
-    first, last, r0, r1, place = part
     packs = _packs(q, dy)
-    for start in range(r0, r1, BAND * WIDE):
-        stop = min(start + BAND * WIDE, r1)
-        _pack(packs, dy, q, at[0], spans, pairs, numbers[0], h, start, stop)
-        for j0 in range(first, last, DEEP):
-            j1 = min(j0 + DEEP, last)
-            _keys(packs, dy, k, v, at, pairs, numbers, out, h, (start, stop, j0, j1, place - r0))
+    for task in range(first, last):
+        h = task // len(plan)
+        part = plan[task % len(plan)]
+        # BAND tiles of queries at a time: what is packed of them stays in the second-level cache
+        # while the keys go by.
+        for start in range(part[2], part[3], BAND * WIDE):
+            stop = min(start + BAND * WIDE, part[3])
+            _pack(packs, dy, q, heads[h, 0], spans, pairs, numbers[0], h, start, stop)
+            for j0 in range(part[0], part[1], DEEP):
+                where = start, stop, j0, min(j0 + DEEP, part[1]), part[4] - part[2]
+                _keys(packs, k, v, heads[h], pairs, numbers, out, h, where)
 
 
-@compiled(parallel=False)
+@compiled
 def _packs(q, dy):
     """Room for a band of queries: both ways around, their spans, lse and delta."""
     d, e = q.shape[2], dy.shape[2]
@@ -59,7 +52,7 @@ def _packs(q, dy):
     )
 
 
-@compiled(parallel=False)
+@compiled
 def _pack(packs, dy, q, head, spans, pairs, scale, h, start, stop):
     qT, dyT, qs, dys, shifts, ends, bounds = packs
     _, _, lse, delta = pairs
@@ -67,18 +60,18 @@ def _pack(packs, dy, q, head, spans, pairs, scale, h, start, stop):
     for i in range((stop - start + WIDE - 1) // WIDE):
         i0 = start + i * WIDE
         count = min(WIDE, stop - i0)
-        qT[i] = packed(q[head, i0 : i0 + count], scale, WIDE)
-        dyT[i] = packed(dy[h, i0 : i0 + count], one, WIDE)
-        qs[i, :count], dys[i, :count] = q[head, i0 : i0 + count], dy[h, i0 : i0 + count]
-        qs[i, count:], dys[i, count:] = 0, 0
-        ends[0, i], ends[1, i], bounds[i] = span_of(spans, i0, count, WIDE)
-        shifts[0, i], shifts[1, i] = np.inf, 0  # rows that are not there have no weights
-        for a in range(count):
-            shifts[0, i, a], shifts[1, i, a] = lse[h, i0 + a], delta[h, i0 + a]
+        packed(q[head, i0 : i0 + count], scale, qT[i])
+        packed(dy[h, i0 : i0 + count], one, dyT[i])
+        padded(q[head, i0 : i0 + count], one, qs[i])
+        padded(dy[h, i0 : i0 + count], one, dys[i])
+        span_of(spans, i0, count, ends[0, i], ends[1, i], bounds[i])
+        for a in range(WIDE):  # rows that are not there have no weights
+            shifts[0, i, a] = lse[h, i0 + a] if a < count else np.inf
+            shifts[1, i, a] = delta[h, i0 + a] if a < count else 0
 
 
-@compiled(parallel=False)
-def _keys(packs, dy, k, v, at, pairs, numbers, out, h, where):
+@compiled
+def _keys(packs, k, v, at, pairs, numbers, out, h, where):
     """A band of queries against one tile of keys."""
     qT, dyT, qs, dys, shifts, ends, bounds = packs
     dq, dk, dv, ds = out
@@ -122,7 +115,7 @@ def _keys(packs, dy, k, v, at, pairs, numbers, out, h, where):
         add(dq[h, i0 + offset : i0 + offset + count], to_q, count)
 
 
-@compiled(parallel=False)
+@compiled
 def add(total, part, rows):
     """total += part in its first rows."""
     for a in range(rows):

@@ -2,12 +2,11 @@
 
 import itertools
 
-import numba
 import numpy as np
 
 from refattn import checks
 from refattn.arrays import gradients
-from refattn.kernels import heads_of, joined, ready, running
+from refattn.kernels import heads_of, in_parallel, joined, ready, running
 from refattn.scalars import LOG2E
 from refattn.sparse import formula
 from refattn.sparse.plan import LEAST, WIDE, plan_of
@@ -64,11 +63,10 @@ def _forward(flat, heads, plan, scale):
     q, _, v = flat
     y = np.empty((len(heads), q.shape[1], v.shape[2]), q.dtype)
     lse = np.empty(y.shape[:2], q.dtype)
-    # Each thread gets an equal piece of the order: dealt out by weight, pieces weigh the same.
-    heaviest = np.argsort(-_weights(plan), kind="stable")
-    threads = numba.get_num_threads()
-    order = np.concatenate([heaviest[thread::threads] for thread in range(threads)])
-    finite = attend(*flat, heads, plan, order, q.dtype.type(scale * LOG2E), (y, lse))
+    finite = np.ones((len(heads), len(plan.dense)), np.bool_)
+    order = np.argsort(-_weights(plan), kind="stable")  # the heaviest first: what is left is light
+    rest = heads, plan, order, q.dtype.type(scale * LOG2E), (y, lse, finite)
+    in_parallel(attend, finite.size, *flat, *rest)
     return y, lse, finite
 
 
@@ -85,7 +83,8 @@ def _backward(dy, flat, heads, mask, scale):
         rows = int((parts[:, 3] - parts[:, 2]).sum())
         dq, dk, dv = (np.zeros((H, *s), q.dtype) for s in ((n, d), (rows, d), (rows, e)))
         numbers = np.array([scale, scale * LOG2E], q.dtype)
-        attend_vjp(dy, *flat, heads, plan, parts, numbers, (lse, delta), (dq, dk, dv))
+        rest = heads, plan, parts, numbers, (lse, delta), (dq, dk, dv)
+        in_parallel(attend_vjp, H * len(parts), dy, *flat, *rest)
     return [dq, joined(dk, parts, m), joined(dv, parts, m)]
 
 

@@ -8,9 +8,8 @@ So a query that sees everything costs its own pairs, and not those of its whole 
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
-from refattn.kernels import compiled
+from refattn.kernels import compiled, in_parallel
 
 WIDE = 64  # queries in a tile, one bit each
 # As many pairs one by one take as long as a column of a tile: 10 to 16 at d = e = 64, backward and
@@ -44,17 +43,18 @@ def plan_of(mask):
     dense, left = np.zeros(tiles, np.int64), np.zeros(n, np.int64)
     columns, bits = np.empty(start[-1], np.int32), np.empty(start[-1], np.uint64)
     plan = Plan(start, dense, columns, bits, indptr, left, np.empty_like(indices))
-    cut(indices, plan)
+    in_parallel(cut, tiles, indices, plan)
     return plan
 
 
 @compiled
-def cut(indices, plan):
-    for t in prange(len(plan.dense)):
+def cut(first, last, indices, plan):
+    """Tiles ``first`` to ``last``."""
+    for t in range(first, last):
         cut_tile(indices, plan, t)
 
 
-@compiled(parallel=False)
+@compiled
 def cut_tile(indices, plan, t):
     """Walk along the rows of a tile together, a band of columns at a time."""
     i0, place = t * WIDE, plan.start[t]
@@ -94,7 +94,7 @@ def cut_tile(indices, plan, t):
     plan.dense[t] = place - plan.start[t]
 
 
-@compiled(parallel=False)
+@compiled
 def meet(after, j0, met):
     """The rows with pairs in the band at j0, and the nearest column of the others."""
     rows, nearest = 0, FAR
@@ -107,7 +107,7 @@ def meet(after, j0, met):
     return rows, nearest
 
 
-@compiled(parallel=False)
+@compiled
 def mark(indices, p, end, j0, bit, band):
     """A row's pairs in the band from p on: where a run of columns begins and ends, the row's bit
     turns and the number of rows steps, so that a run takes no longer than one column.
@@ -128,7 +128,7 @@ def mark(indices, p, end, j0, bit, band):
     return p
 
 
-@compiled(parallel=False)
+@compiled
 def keep(indices, p, end, j0, number, plan, i):
     """Query i is left with its pairs in the band's columns that are not dense."""
     while p < end and indices[p] < j0 + BAND:

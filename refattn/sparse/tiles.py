@@ -4,88 +4,88 @@ Tiles of scores stand transposed, keys down and queries across, as in ``refattn.
 """
 
 import numpy as np
-from numba import prange
 
 from refattn.kernels import compiled
 from refattn.scalars import exp2
-from refattn.softmax.tiles import absorb, packed
+from refattn.softmax.tiles import absorb, clear, packed, sums_for
 from refattn.sparse.plan import WIDE
 
 DEEP = 64  # keys in a tile
 
 
 @compiled
-def attend(q, k, v, heads, plan, order, scale, out):
-    """``out`` = (y (H, n, e), lse (H, n)) is written, lse to base 2 and +inf where nothing is seen.
+def attend(first, last, q, k, v, heads, plan, order, scale, out):
+    """``out`` = (y (H, n, e), lse (H, n), finite (H, tiles)) is written.
+
+    lse is to base 2, and +inf where nothing is seen; finite says of each tile whether it is so.
 
     q (., n, d), k (., m, d), v (., m, e): row h of ``heads`` says which of each belongs to head h.
-    ``scale`` comes times log2 e, so that exp is 2**. Tiles are taken in their ``order``.
-
-    Returns whether each tile came out finite, (H, tiles).
+    ``scale`` comes times log2 e, so that exp is 2**. Tasks ``first`` to ``last`` are tiles of one
+    head after another, each in the ``order`` given.
     """
-    tiles = len(order)
-    finite = np.ones((len(heads), tiles), np.bool_)
-    for task in prange(len(heads) * tiles):
+    y, lse, finite = out
+    room = sums_for(v, WIDE), np.empty((q.shape[2], WIDE), q.dtype), room_for(k, v)
+    tiles, s = len(order), np.empty(DEEP, q.dtype)
+    for task in range(first, last):
         h, t = task // tiles, order[task % tiles]
-        finite[h, t] = attend_tile(q, k, v, heads[h], plan, scale, out[0][h], out[1][h], t)
+        i0, at = t * WIDE, heads[h]
+        i1 = min(i0 + WIDE, q.shape[1])
+        attend_dense(q[at[0], i0:i1], k[at[1]], v[at[2]], plan, t, scale, room, y[h, i0:i1])
+        top, total = room[0][0], room[0][3]
+        for i in range(i0, i1):
+            few = plan.rest[plan.indptr[i] :][: plan.left[i]]
+            x, sums = q[at[0], i], (top[i - i0], total[i - i0])
+            if len(few) > 0:
+                sums = attend_few(x, k[at[1]], v[at[2]], few, scale, s, sums, y[h, i])
+            lse[h, i] = sums[0] + np.log2(sums[1]) if sums[1] != 0 else np.inf
+            finite[h, t] &= divide(y[h, i], sums[1])
+
+
+@compiled
+def room_for(k, v):
+    """Rows of keys and values that are brought together, and a tile of scores."""
+    d, e, kind = k.shape[2], v.shape[2], k.dtype
+    return np.empty((DEEP, d), kind), np.empty((DEEP, e), kind), np.empty((DEEP, WIDE), kind)
+
+
+@compiled
+def divide(y, total):
+    """y / total in place, or 0; whether all is finite."""
+    share, finite = y.dtype.type(1) / total if total != 0 else y.dtype.type(0), True
+    for c in range(len(y)):
+        y[c] *= share
+        finite &= y[c] - y[c] == 0
     return finite
 
 
-@compiled(parallel=False)
-def attend_tile(q, k, v, at, plan, scale, y, lse, t):
-    """One tile of queries: first its dense columns, then the pairs that are left."""
-    i0, kind = t * WIDE, q.dtype.type
-    queries, k, v = q[at[0], i0 : min(i0 + WIDE, q.shape[1])], k[at[1]], v[at[2]]
-    count = len(queries)
-    y, lse = y[i0 : i0 + count], lse[i0 : i0 + count]
-    top, total = np.full(WIDE, kind(-np.inf), q.dtype), np.zeros(WIDE, q.dtype)
-    y[:] = kind(0)
-    if plan.dense[t] > 0:
-        attend_dense(queries, k, v, plan, t, scale, top, total, y)
-    s = np.empty(DEEP, q.dtype)
-    finite = True
-    for a in range(count):
-        few = plan.rest[plan.indptr[i0 + a] :][: plan.left[i0 + a]]
-        if len(few) > 0:
-            top[a], total[a] = attend_few(queries[a], k, v, few, scale, s, top[a], total[a], y[a])
-        share = kind(1) / total[a] if total[a] != 0 else kind(0)
-        lse[a] = top[a] + np.log2(total[a]) if total[a] != 0 else kind(np.inf)
-        row = y[a]
-        for c in range(len(row)):
-            row[c] *= share
-            finite &= row[c] - row[c] == 0
-    return finite
-
-
-@compiled(parallel=False)
-def attend_dense(queries, k, v, plan, t, scale, top, total, y):
-    """The dense columns: ``top``, ``total`` and y get maxima, sums of weights and of values."""
-    d, e = k.shape[1], v.shape[1]
-    qT = packed(queries, scale, WIDE)  # (d, WIDE)
-    acc, s = np.zeros((e, WIDE), y.dtype), np.empty((DEEP, WIDE), y.dtype)
-    base = np.zeros(WIDE, y.dtype)
-    state = top, base, np.empty_like(base), total, acc, np.empty_like(acc)
-    near_k, near_v = np.empty((DEEP, d), y.dtype), np.empty((DEEP, e), y.dtype)
+@compiled
+def attend_dense(queries, k, v, plan, t, scale, room, y):
+    """The dense columns: maxima and sums of weights are left in ``room``; y gets sums of values."""
+    state, qT, (near_k, near_v, s) = room
+    clear(state)
     first, last = plan.start[t], plan.start[t] + plan.dense[t]
+    if last > first:
+        packed(queries, scale, qT)
     for p in range(first, last, DEEP):
         columns, bits = plan.columns[p : min(p + DEEP, last)], plan.bits[p : min(p + DEEP, last)]
         st = s[: len(columns)]
         np.dot(rows_of(k, columns, near_k), qT, st)
         hide(st, bits)
         absorb(st, rows_of(v, columns, near_v), state)
+    acc = state[4]
     for a in range(len(y)):
         row = y[a]
-        for c in range(e):
+        for c in range(len(acc)):
             row[c] = acc[c, a]
 
 
-@compiled(parallel=False)
-def attend_few(x, k, v, few, scale, s, top, total, y):
+@compiled
+def attend_few(x, k, v, few, scale, s, sums, y):
     """One query x over the keys ``few``: y gets their weighted values added.
 
     Returns the largest score and the sum of weights, which come in as of what y already holds.
     """
-    kind = x.dtype.type
+    (top, total), kind = sums, x.dtype.type
     for p in range(0, len(few), len(s)):
         part = few[p : p + len(s)]
         dots(x, k, part, s)
@@ -97,7 +97,8 @@ def attend_few(x, k, v, few, scale, s, top, total, y):
         if total != 0 and top > before:
             share = exp2(before - top)
             total *= share
-            y *= share
+            for c in range(len(y)):
+                y[c] *= share
         for b in range(len(part)):
             s[b] = exp2(s[b] - base)
             total += s[b]
@@ -105,7 +106,7 @@ def attend_few(x, k, v, few, scale, s, top, total, y):
     return top, total
 
 
-@compiled(parallel=False)
+@compiled
 def dots(x, rows, few, s):
     """s = the products of x with the rows ``few``.
 
@@ -125,7 +126,7 @@ def dots(x, rows, few, s):
         s[b], s[b + 1], s[b + 2], s[b + 3] = t0, t1, t2, t3
 
 
-@compiled(parallel=False)
+@compiled
 def add_rows(y, s, rows, few):
     """y += the sum of the rows ``few`` times s, four at a time as in ``dots``."""
     last = len(few) - 1
@@ -139,7 +140,7 @@ def add_rows(y, s, rows, few):
             y[c] += s0 * r0[c] + s1 * r1[c] + s2 * r2[c] + s3 * r3[c]
 
 
-@compiled(parallel=False)
+@compiled
 def rows_of(x, columns, room):
     """Rows of x: where they stand one after the other in place, else gathered into ``room``."""
     first, count = columns[0], len(columns)
@@ -152,7 +153,7 @@ def rows_of(x, columns, room):
     return room[:count]
 
 
-@compiled(parallel=False)
+@compiled
 def hide(st, bits):
     """-inf where a query does not see a key."""
     hidden, one = st.dtype.type(-np.inf), np.uint64(1)
