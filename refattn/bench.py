@@ -15,6 +15,10 @@ import refattn
 from refattn.course import slope, table
 
 HEADS, D = 8, 64
+# Of q and k for Performer: performer-pytorch adds 1e-4 to each feature, which among larger inputs
+# is most of it, so that nothing could be compared.
+SMALL = 0.1
+PAUSE = 0.03  # seconds, in which threads that a library left spinning come to rest
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Work:
     """A piece of work: its name, (heads, n, d), and how refattn does it.
 
     ``ours(q, k, v, dy)`` makes the function that is timed; ``flops`` are those of one head, of
-    useful work; ``goals`` maps a peer's name to the ratio of its time to ours that is aimed at.
+    useful work; ``goals`` maps a peer's name to the ratio of its time to ours that is aimed at;
+    ``size`` is the standard deviation of q and k.
     """
 
     name: str
@@ -30,12 +35,13 @@ class Work:
     ours: Callable
     flops: int = 0
     goals: dict = field(default_factory=dict)
+    size: float = 1.0
 
 
-def inputs(shape, dtype=np.float32):
-    """q, k, v and dy of standard normal numbers, the same on every call."""
+def inputs(shape, dtype=np.float32, size=1.0):
+    """q and k of normal numbers of this size, v and dy of size 1: the same on every call."""
     rng = np.random.default_rng(list(shape))
-    return [rng.standard_normal(shape).astype(dtype) for _ in range(4)]
+    return [(s * rng.standard_normal(shape)).astype(dtype) for s in (size, size, 1, 1)]
 
 
 def forward(attention, **options):
@@ -133,6 +139,7 @@ def works():
             forward(a.performer_attention, omega=omega),
             a.performer_attention_cost(16384, 16384, D, D, num_features=256).flops,
             {"performer-pytorch": 6.0},
+            SMALL,
         ),
         Work(
             "Performer, 256 features, causal",
@@ -140,6 +147,7 @@ def works():
             forward(a.performer_attention, omega=omega, causal=True),
             a.performer_attention_cost(16384, 16384, D, D, num_features=256, causal=True).flops,
             {"performer-pytorch": 50.0},
+            SMALL,
         ),
         Work(
             "Linformer, r = 256",
@@ -180,6 +188,7 @@ def alternate(functions, *, repeats=7, seconds=20.0):
         if done >= 2 and time.perf_counter() - start > seconds:
             break
         for name, run in functions.items():
+            time.sleep(PAUSE)
             before = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - before)
@@ -326,7 +335,7 @@ def alone(only="", seconds=2.0, *, growing=False, peaks=False, progress=True):
         raise ValueError(f"no work's name holds {only!r}; they are {names}")
     limit, rows = matmul_rate(), []
     for work in tqdm.tqdm(chosen, desc="bench", disable=not progress, leave=False):
-        run = work.ours(*inputs(work.shape))
+        run = work.ours(*inputs(work.shape, size=work.size))
         start = time.perf_counter()
         run()
         first = time.perf_counter() - start

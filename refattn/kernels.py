@@ -16,6 +16,7 @@ import threadpoolctl
 from refattn.scalars import FASTMATH
 
 PIECES = 8  # of the tasks, for each thread
+SHARE = 2**16  # numbers of an array in a task
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -97,10 +98,35 @@ def running():
                 library.set_num_threads(threads)
 
 
+def all_finite(*arrays):
+    """Whether every entry of these arrays is, with all threads."""
+    return all(_finite_in_parallel(x.reshape(-1)) for x in arrays)
+
+
+def _finite_in_parallel(x):
+    found = np.ones(-(-len(x) // SHARE), np.bool_)
+    in_parallel(_finite, len(found), x, found)
+    return bool(found.all())
+
+
+@compiled
+def _finite(first, last, x, found):
+    for t in range(first, last):
+        part, count = x[t * SHARE : (t + 1) * SHARE], 0
+        for i in range(len(part)):
+            count += part[i] - part[i] == 0  # NaN for a NaN or an infinite number
+        found[t] = count == len(part)
+
+
 def ready(x):
     """The same numbers in memory as kernels take them: in C order, aligned, and writable, since
     Numba would compile a second time for an array that is not."""
     return np.require(x, requirements=["C", "A", "W"])
+
+
+def spread(x, shape):
+    """x in this shape, ``ready``; copied only where it has another."""
+    return ready(x if x.shape == shape else np.broadcast_to(x, shape))
 
 
 def heads_of(*arrays, axes=2):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refattn.kernels import in_parallel, ready, running
+from refattn.kernels import all_finite, in_parallel, ready, running
 from refattn.linear.maps import Plain
 from refattn.linear.tiles import BLOCK, CHUNK, State, gather, read, walk
 from refattn.linear.tiles_backward import gathered_vjp, read_vjp, walk_back, walk_vjp
@@ -62,13 +62,7 @@ def attend_vjp(dy, inputs, start, causal, normalize, dstate):
     run = _causal_vjp if causal else _full_vjp
     with running(), np.errstate(invalid="ignore", over="ignore"):
         R, u = run(ready(dy), inputs, start, normalize, dstate, (dq, dk, dv))
-    return (dq, dk, dv), (R, u), all(map(_finite, (dq, dk, dv, R, u)))
-
-
-def _finite(x):
-    """Piece by piece, so that memory stays flat."""
-    x = x.reshape(-1)
-    return all(np.isfinite(x[i : i + 2**20]).all() for i in range(0, len(x), 2**20))
+    return (dq, dk, dv), (R, u), all_finite(dq, dk, dv, R, u)
 
 
 def _full_vjp(dy, inputs, start, normalize, dstate, out):

@@ -77,7 +77,7 @@ def linformer_attention(q, k, v, *, E, F=None, key_mask=None, scale=None):
     array([[4.]])
     """
     q, k, v, dtype = checks.qkv(q, k, v)
-    k, v, E, F, _ = _prepared(q, k, v, dtype, E, F, key_mask)
+    k, v, E, F, _ = prepared(q, k, v, dtype, E, F, key_mask)
     k_r, v_r = E @ k, F @ v  # (..., r, d), (..., r, e)
     return softmax_attention(q, k_r, v_r, scale=scale).astype(dtype, copy=False)
 
@@ -124,7 +124,7 @@ def linformer_attention_vjp(dy, q, k, v, *, E, F=None, key_mask=None, scale=None
     dy = checks.cotangent("dy", dy, shape, dtype)
     shapes = [x.shape for x in (k, v)] + [np.shape(E), np.shape(E if F is None else F)]
     shared = F is None
-    k, v, E, F, visible = _prepared(q, k, v, dtype, E, F, key_mask)
+    k, v, E, F, visible = prepared(q, k, v, dtype, E, F, key_mask)
     # y = softmax_attention(q, k_r, v_r)
     dq, dk_r, dv_r = softmax_attention_vjp(dy, q, E @ k, F @ v, scale=scale)
     # k_r, v_r = E @ k, F @ v
@@ -178,7 +178,7 @@ def _rows(rows, n, m, **options):
     return linformer_attention, linformer_attention_vjp, options
 
 
-def _prepared(q, k, v, dtype, E, F, key_mask):
+def prepared(q, k, v, dtype, E, F, key_mask):
     """k, v, E and F for the arithmetic, zero at hidden keys; and the mask of keys, or None."""
     m, lead = k.shape[-2], checks.lead(q, k, v)
     E = _projection("E", E, m, lead, dtype, q.dtype)

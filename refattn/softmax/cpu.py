@@ -5,15 +5,15 @@ import numpy as np
 from refattn import checks
 from refattn.arrays import gradients
 from refattn.dispatch import rows_of
-from refattn.kernels import heads_of, in_parallel, joined, ready, running
-from refattn.scalars import LN2, LOG2E
+from refattn.kernels import all_finite, heads_of, in_parallel, joined, running, spread
+from refattn.scalars import LOG2E
 from refattn.softmax import formula
 from refattn.softmax.tiles import attend
 from refattn.softmax.tiles_backward import attend_vjp
 
-# Queries across and keys down in a tile: scores, packed queries and the output's part stay in the
-# first-level cache. Narrow ones where spans are short and would fill wide ones badly.
-WIDE, NARROW = (128, 64), (64, 64)
+# Queries across and keys down in a tile: scores, packed queries and the output's part stay near the
+# first-level cache. Narrow ones where spans are short and move: less of a tile is out of some span.
+WIDE, NARROW = (64, 128), (32, 96)
 PARTS = 8  # of the keys of all heads together in a backward pass, so that cores find work
 
 
@@ -120,7 +120,8 @@ def over_spans(q, k, v, spans, *, dtype, mask=None, bias=None, scale=None, softc
     y, lse = np.empty((len(heads), n, e), q.dtype), np.empty((len(heads), n), q.dtype)
     if 0 in (m, n, e, len(heads)):
         return _without_kernel(q, k, v, spans, given)
-    tile = WIDE if q.dtype == np.float32 and (spans[:, 1] - spans[:, 0]).mean() > 512 else NARROW
+    short = (spans[:, 1] - spans[:, 0]).mean() <= 512 and (spans != spans[0]).any()
+    tile = NARROW if short else WIDE
     with running():
         tasks = len(heads) * -(-n // tile[0])
         finite = np.ones(tasks, np.bool_)
@@ -146,22 +147,20 @@ def over_spans_vjp(
     if 0 in (n, m, e, H):
         return _vjp_without_kernel(dy, q, k, v, spans, dlse, given)
     y, lse = saved or over_spans(q, k, v, spans, dtype=dtype, **given)
-    delta = (dy * y).sum(axis=-1) - (0 if dlse is None else dlse)
     lse = np.where(lse == -np.inf, np.inf, lse * q.dtype.type(LOG2E))
-    dy = ready(np.broadcast_to(dy, (*lead, n, e))).reshape(H, n, e)
-    lse, delta = (ready(np.broadcast_to(x, (*lead, n))).reshape(H, n) for x in (lse, delta))
+    of_rows = lse, np.zeros((), q.dtype) if dlse is None else dlse
+    of_rows = [spread(x.astype(q.dtype), (*lead, n)).reshape(H, n) for x in of_rows]
+    dy, y = (spread(x, (*lead, n, e)).reshape(H, n, e) for x in (dy, y))
     plan = _plan(spans, m, H)
     rows = int(plan[-1, 4] + plan[-1, 3] - plan[-1, 2])
     dq, dk, dv = (np.zeros((H, *s), q.dtype) for s in ((rows, d), (m, d), (m, e)))
     ds = np.zeros((H, n, m) if bias is not None else (0, 0, 0), q.dtype)
-    pairs = (*arrays[3:], lse.astype(q.dtype, copy=False), delta)
     with running():
+        pairs = (*arrays[3:], *of_rows, y)
         rest = heads, spans, pairs, numbers, plan, (dq, dk, dv, ds)
         in_parallel(attend_vjp, H * len(plan), dy, *arrays[:3], *rest)
-    dq = joined(dq, plan, n)
-    factor = q.dtype.type(numbers[0] * LN2)  # the scale
-    found = [factor * dq, factor * dk, dv]
-    if not all(np.isfinite(g).all() for g in found):
+    found = [joined(dq, plan, n), dk, dv]
+    if not all_finite(*found):
         return _vjp_without_kernel(dy.reshape(*lead, n, e), q, k, v, spans, dlse, given)
     found = [g.reshape(*lead, *g.shape[1:]) for g in found]
     if bias is not None:
@@ -182,7 +181,7 @@ def _inputs(q, k, v, dtype, mask, bias, scale, softcap):
         bias = _at_least_2d(bias)
     scale = checks.scale(scale, q.shape[-1])
     cap = 0.0 if softcap is None else checks.number("softcap", softcap, positive=True)
-    numbers = np.array([scale * LOG2E, cap * LOG2E], q.dtype)
+    numbers = np.array([scale * LOG2E, cap * LOG2E, scale], q.dtype)
     there = [x for x in (mask, bias) if x is not None]
     flat, index, lead = heads_of(q, k, v, *there)
     rest, columns = iter(flat[3:]), iter(index.T[3:])

@@ -28,7 +28,7 @@ def attend(first, last, q, k, v, heads, spans, mask, bias, numbers, tile, out):
     n, tiles = q.shape[1], len(finite) // len(y)
     qT, state = np.empty((q.shape[2], wide), q.dtype), sums_for(v, wide)
     s, none = np.empty((deep, wide), q.dtype), np.empty((0, 0), q.dtype)
-    lo, hi, bounds = np.empty(wide, np.int64), np.empty(wide, np.int64), np.empty(4, np.int64)
+    lo, hi, bounds = np.empty(wide, np.int32), np.empty(wide, np.int32), np.empty(4, np.int64)
     for t in range(first, last):
         h, i = t // tiles, t % tiles
         # Causal tiles grow with i: low and high ones take turns, so that pieces are alike.
@@ -43,7 +43,7 @@ def attend(first, last, q, k, v, heads, spans, mask, bias, numbers, tile, out):
             np.dot(k[at[1], j0:j1], qT, st)
             shape_scores(st, j0, i0, i1 - i0, at, mask, bias, numbers[1], none)
             if j0 < bounds[1] or j1 > bounds[2]:  # some query does not see all of this tile
-                hide(st, j0, lo, hi)
+                hide(st, j0, lo, hi, bounds)
             absorb(st, v[at[2], j0:j1], state)
         finite[t] = write(state, y[h, i0:i1], lse[h, i0:i1])
 
@@ -54,7 +54,7 @@ def sums_for(v, wide):
     scores; the same, and 0 where nothing has been seen; the one before; the sums of weights and of
     weighted values; and a product before it is added."""
     rows = np.empty((4, wide), v.dtype)
-    acc = np.empty((2, v.shape[2], wide), v.dtype)
+    acc = np.empty((2, wide, v.shape[2]), v.dtype)
     return rows[0], rows[1], rows[2], rows[3], acc[0], acc[1]
 
 
@@ -64,10 +64,10 @@ def clear(state):
     top, base, _, total, acc, _ = state
     for a in range(len(top)):
         top[a], base[a], total[a] = -np.inf, 0, 0
-    for c in range(len(acc)):
-        row = acc[c]
-        for a in range(len(row)):
-            row[a] = 0
+    for a in range(len(acc)):
+        row = acc[a]
+        for c in range(len(row)):
+            row[c] = 0
 
 
 @compiled
@@ -89,29 +89,34 @@ def absorb(st, v, state):
         for a in range(wide):
             before[a] = exp2(before[a] - base[a]) if total[a] != 0 else kind(0)
             total[a] *= before[a]
-        for c in range(len(acc)):
-            row = acc[c]
-            for a in range(wide):
-                row[a] *= before[a]
+        for a in range(wide):
+            row, share = acc[a], before[a]
+            for c in range(len(row)):
+                row[c] *= share
     for b in range(last + 1):
         row = st[b]
         for a in range(wide):
             row[a] = exp2(row[a] - base[a])
             total[a] += row[a]
-    np.dot(v.T, st, part)
-    for c in range(len(acc)):
-        row, more = acc[c], part[c]
-        for a in range(wide):
-            row[a] += more[a]
+    np.dot(st.T, v, part)
+    for a in range(wide):
+        row, more = acc[a], part[a]
+        for c in range(len(row)):
+            row[c] += more[c]
 
 
 @compiled
 def packed(x, scale, xT):
     """xT (columns, wide) = scale * x^T, with zeros for rows that x lacks."""
-    for a in range(x.shape[0]):
+    last = x.shape[0] - 1
+    for a in range(0, last + 1, 4):  # four rows at a time; past the last, it is taken again
+        r0, r1 = x[a], x[min(a + 1, last)]
+        r2, r3 = x[min(a + 2, last)], x[min(a + 3, last)]
         for c in range(x.shape[1]):
-            xT[c, a] = x[a, c] * scale
-    for a in range(x.shape[0], xT.shape[1]):
+            out = xT[c, a : a + 4]
+            out[0], out[1] = r0[c] * scale, r1[c] * scale
+            out[2], out[3] = r2[c] * scale, r3[c] * scale
+    for a in range(last + 1, xT.shape[1]):
         for c in range(x.shape[1]):
             xT[c, a] = 0
 
@@ -139,13 +144,15 @@ def span_of(spans, i0, count, lo, hi, bounds):
 
 
 @compiled
-def hide(st, j0, lo, hi):
+def hide(st, j0, lo, hi, bounds):
     """-inf for the keys that are out of a query's span."""
     hidden = st.dtype.type(-np.inf)
     for b in range(st.shape[0]):
-        row, j = st[b], j0 + b
+        if bounds[1] <= j0 + b < bounds[2]:  # seen by every query
+            continue
+        row, j = st[b], np.int32(j0 + b)
         for a in range(st.shape[1]):
-            row[a] = row[a] if lo[a] <= j < hi[a] else hidden
+            row[a] = row[a] if (lo[a] <= j) & (j < hi[a]) else hidden
 
 
 @compiled
@@ -183,12 +190,13 @@ def write(state, y, lse):
 
     Returns whether all is finite."""
     _, base, _, total, acc, _ = state
-    finite = True
-    kind = y.dtype.type
+    finite, kind = 0, y.dtype.type
     for a in range(y.shape[0]):
+        row, out = acc[a], y[a]
         share = kind(1) / total[a] if total[a] != 0 else kind(0)
         lse[a] = (base[a] + np.log2(total[a])) * LN2 if total[a] != 0 else kind(-np.inf)
         for c in range(y.shape[1]):
-            y[a, c] = acc[c, a] * share
-            finite &= y[a, c] - y[a, c] == 0
-    return finite
+            out[c] = row[c] * share
+        for c in range(y.shape[1]):
+            finite += out[c] - out[c] == 0  # NaN for a NaN or an infinite number
+    return finite == y.size

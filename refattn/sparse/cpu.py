@@ -37,10 +37,15 @@ def local_attention_vjp(dy, q, k, v, *, window, causal=False, dilation=1, scale=
     q, k, v, dtype = checks.qkv(q, k, v)
     lead = checks.lead(q, k, v)
     dy = checks.cotangent("dy", dy, (*lead, q.shape[-2], v.shape[-1]), dtype)
-    found = [np.zeros((*lead, *x.shape[-2:]), q.dtype) for x in (q, k, v)]
+    found = None
     for rows, keys, spans in _residues(q.shape[-2], k.shape[-2], window, causal, dilation):
         few = dy[..., rows, :], q[..., rows, :], k[..., keys, :], v[..., keys, :]
         part = over_spans_vjp(*few, spans, dtype=dtype, scale=scale)
+        if rows == keys == slice(None):
+            found = part
+            break
+        if found is None:
+            found = [np.zeros((*lead, *x.shape[-2:]), q.dtype) for x in (q, k, v)]
         for whole, at, g in zip(found, (rows, keys, keys), part, strict=True):
             whole[..., at, :] = g
     return gradients(found, (q.shape, k.shape, v.shape), dtype)

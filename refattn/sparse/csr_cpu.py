@@ -6,7 +6,7 @@ import numpy as np
 
 from refattn import checks
 from refattn.arrays import gradients
-from refattn.kernels import heads_of, in_parallel, joined, ready, running
+from refattn.kernels import all_finite, heads_of, in_parallel, joined, ready, running
 from refattn.scalars import LOG2E
 from refattn.sparse import formula
 from refattn.sparse.plan import LEAST, WIDE, plan_of
@@ -51,9 +51,7 @@ def sparse_attention_vjp(dy, q, k, v, *, mask, scale=None):
     if mask.nnz and dy.size:
         found = _backward(ready(dy).reshape(-1, *rows[-2:]), flat, heads, mask, scale)
     found = [g.reshape(*lead, *g.shape[1:]) for g in found]
-    with np.errstate(over="ignore", invalid="ignore"):
-        finite = all(np.isfinite(g.sum()) for g in found)  # each term is, where their sum is
-    if not finite:
+    if not all_finite(*found):
         found = _backward_by_formula(dy, q, k, v, mask, scale)
     return gradients(found, (q.shape, k.shape, v.shape), dtype)
 

@@ -75,8 +75,8 @@ def attend_dense(queries, k, v, plan, t, scale, room, y):
     acc = state[4]
     for a in range(len(y)):
         row = y[a]
-        for c in range(len(acc)):
-            row[c] = acc[c, a]
+        for c in range(len(row)):
+            row[c] = acc[a, c]
 
 
 @compiled
