@@ -79,7 +79,8 @@ def gated_attention(q, k, v, *, gate, attention=softmax_attention, **options):
         forward, _, few = _row_form(attention, rows, heads, at)
         inputs = heads.inputs(at)
         y[(*at, ..., rows, slice(None))] = forward(inputs[0][..., rows, :], *inputs[1:], **few)
-    return np.where(_opened(gate), gate * y, 0).astype(dtype, copy=False)
+    y *= gate  # closed rows are 0 as they stand
+    return y.astype(dtype, copy=False)
 
 
 @backends
