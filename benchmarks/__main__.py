@@ -14,6 +14,7 @@ import tqdm
 from benchmarks.peers import PEERS
 from refattn import bench
 from refattn.course import table
+from refattn.works import inputs
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +49,7 @@ def disagreement(ours, theirs):
 
 def measured(work, seconds):
     """A record of one work: medians, spreads, ratios, and how far the answers lie apart."""
-    arrays = bench.inputs(work.shape, size=work.size)
+    arrays = inputs(work.shape, size=work.size)
     ours = work.ours(*arrays)
     start = time.perf_counter()
     answer = ours()
@@ -130,9 +131,9 @@ def main(arguments=None):
         torch.set_num_threads(bench.machine()["threads"])
     except ImportError:
         print("torch is not installed: no peers (benchmarks/requirements.txt)", file=sys.stderr)
-    works = [work for work in bench.works() if options.only in work.name]
+    chosen = [work for work in bench.works() if options.only in work.name]
     records = []
-    for work in tqdm.tqdm(works, desc="works"):
+    for work in tqdm.tqdm(chosen, desc="works"):
         records.append(measured(work, options.seconds))
     limit = bench.matmul_rate()
     header = ["work", "shape", "ours ms", "peer", "peer ms", "ratio", "goal", "reached"]

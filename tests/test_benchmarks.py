@@ -9,6 +9,7 @@ import refattn
 from benchmarks import __main__ as run
 from benchmarks import figures, peers
 from refattn import bench
+from refattn.works import HEADS, D, Work, both, forward, inputs, works
 
 
 def slower(q, k, v, dy):
@@ -30,8 +31,8 @@ def fails(q, k, v, dy):
 @pytest.fixture
 def small(monkeypatch):
     goals = {"slower": 1e-6, "wrong": 2.0, "absent": 2.0, "fails": 2.0}
-    ours = bench.forward(refattn.local_attention, window=4)
-    work = bench.Work("local", (2, 64, 8), ours, 1000, goals)
+    ours = forward(refattn.local_attention, window=4)
+    work = Work("local", (2, 64, 8), ours, 1000, goals)
     makers = {"slower": slower, "wrong": wrong, "absent": absent, "fails": fails}
     monkeypatch.setitem(peers.PEERS, "local", (makers, 1e-5))
     monkeypatch.setattr(bench, "works", lambda: [work])
@@ -67,20 +68,20 @@ def test_the_whole_run_and_its_figures(small, tmp_path, monkeypatch, capsys):
 
 
 def test_every_work_has_its_peers_and_goals():
-    for work in bench.works():
+    for work in works():
         makers, _ = peers.PEERS[work.name]
         assert set(makers) == set(work.goals), work.name
-        assert work.shape[0] == bench.HEADS and work.shape[2] == bench.D
+        assert work.shape[0] == HEADS and work.shape[2] == D
 
 
 def test_ours_gives_what_the_formula_gives():
     """The timed functions, on few tokens."""
-    q, k, v, dy = bench.inputs((2, 70, 8))
-    y = bench.forward(refattn.local_attention, window=4)(q, k, v, dy)()
+    q, k, v, dy = inputs((2, 70, 8))
+    y = forward(refattn.local_attention, window=4)(q, k, v, dy)()
     np.testing.assert_allclose(y, refattn.local_attention(q, k, v, window=4), atol=1e-6)
     pair = refattn.softmax_attention, refattn.softmax_attention_vjp
     for keeps in (False, True):
-        y, dq, dk, dv = bench.both(*pair, keeps, causal=True)(q, k, v, dy)()
+        y, dq, dk, dv = both(*pair, keeps, causal=True)(q, k, v, dy)()
         np.testing.assert_allclose(y, pair[0](q, k, v, causal=True), atol=1e-5)
         for a, b in zip((dq, dk, dv), pair[1](dy, q, k, v, causal=True), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)

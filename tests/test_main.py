@@ -333,18 +333,19 @@ def test_as_a_module():
 
 def test_bench(capsys, monkeypatch):
     from refattn import bench
+    from refattn.works import Work, both, forward
 
     small = [
-        bench.Work("local", (1, 64, 8), bench.forward(refattn.local_attention, window=4), 10),
-        bench.Work(
+        Work("local", (1, 64, 8), forward(refattn.local_attention, window=4), 10),
+        Work(
             "both",
             (1, 64, 8),
-            bench.both(refattn.softmax_attention, refattn.softmax_attention_vjp, True),
+            both(refattn.softmax_attention, refattn.softmax_attention_vjp, True),
         ),
-        bench.Work(
+        Work(
             "neither",
             (1, 64, 8),
-            bench.both(refattn.local_attention, refattn.local_attention_vjp, window=2),
+            both(refattn.local_attention, refattn.local_attention_vjp, window=2),
         ),
     ]
     monkeypatch.setattr(bench, "works", lambda: small)
