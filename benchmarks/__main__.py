@@ -23,7 +23,7 @@ def parser():
     main = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     main.add_argument("--only", default="", help="works whose name holds this")
     main.add_argument("--seconds", type=float, default=12.0, help="about so long a work (12)")
-    main.add_argument("--alone", action="store_true", help="without growth and memory")
+    main.add_argument("--alone", action="store_true", help="without growth, memory and first calls")
     main.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu.json")
     return main
 
@@ -150,10 +150,13 @@ def main(arguments=None):
         "works": records,
     }
     if not options.alone:
-        result["growth"], result["memory"] = bench.growth(), bench.memory()
-        print(
-            bench.growth_table(result["growth"]), bench.memory_table(result["memory"]), sep="\n\n"
-        )
+        for key, measure, written in (
+            ("growth", bench.growth, bench.growth_table),
+            ("memory", bench.memory, bench.memory_table),
+            ("first calls", bench.first_calls, bench.first_table),
+        ):
+            result[key] = measure()
+            print(written(result[key]), end="\n\n")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{options.out} in {time.perf_counter() - start:.0f} s")

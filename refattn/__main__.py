@@ -79,6 +79,9 @@ def parser():
     times.add_argument("--seconds", type=seconds, default=2.0, help="for each work (default 2)")
     times.add_argument("--growth", action="store_true", help="fit the slope of time against N")
     times.add_argument("--memory", action="store_true", help="measure the peak of memory")
+    times.add_argument(
+        "--starts", action="store_true", help="time first calls, compiled then and from the cache"
+    )
     return main
 
 
@@ -215,7 +218,8 @@ def run_cost(options):
 def run_bench(options):
     from refattn import bench  # which imports the compiler
 
-    print(bench.alone(options.only, options.seconds, growing=options.growth, peaks=options.memory))
+    more = {"growing": options.growth, "peaks": options.memory, "starts": options.starts}
+    print(bench.alone(options.only, options.seconds, **more))
     return 0
 
 

@@ -1,9 +1,11 @@
 """Times of refattn's compiled attentions, and of whatever stands beside them in the same run."""
 
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -127,6 +129,39 @@ def memory(progress=True):
     return found
 
 
+FIRST = """
+import sys, time
+import numpy as np, refattn
+x = np.zeros((1, 256, 64), np.float32)
+start = time.perf_counter()
+getattr(refattn, sys.argv[1])(x, x, x, backend="numba", **eval(sys.argv[2]))
+print(time.perf_counter() - start)
+"""
+FIRST_OF = {name: options for name, (options, _) in MEMORY_OF.items()} | {
+    "sparse_attention": "{'mask': refattn.masks.local(256, 16)}"
+}
+
+
+def first_calls(progress=True):
+    """{name: (seconds, seconds)} of the first call in a process: with nothing compiled before, and
+    with machine code on disk. Numba's import is part of both."""
+    found = {}
+    for name, options in tqdm.tqdm(FIRST_OF.items(), desc="first calls", disable=not progress):
+        with tempfile.TemporaryDirectory() as folder:
+            runs = [
+                subprocess.run(
+                    [sys.executable, "-c", FIRST, name, options],
+                    env={**os.environ, "NUMBA_CACHE_DIR": folder},
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                for _ in range(2)
+            ]
+        found[name] = [float(run.stdout) for run in runs]
+    return found
+
+
 def machine():
     """Processor, cores, threads, Python and the versions that matter."""
     import numba
@@ -155,7 +190,7 @@ def matmul_rate(n=4096):
     return 2 * n**3 / statistics.median(alternate({"": lambda: a @ b}, repeats=5)[""])
 
 
-def alone(only="", seconds=2.0, *, growing=False, peaks=False, progress=True):
+def alone(only="", seconds=2.0, *, growing=False, peaks=False, starts=False, progress=True):
     """The table of refattn's own times, as text.
 
     Parameters
@@ -164,8 +199,9 @@ def alone(only="", seconds=2.0, *, growing=False, peaks=False, progress=True):
         Works whose name holds this.
     seconds : float
         About so long a work.
-    growing, peaks : bool
-        Also the slope of time against N, and the peak of memory: a minute each.
+    growing, peaks, starts : bool
+        Also the slope of time against N, the peak of memory, and the first calls, compiled and from
+        the cache: a minute each.
     progress : bool
         Show a bar.
 
@@ -200,6 +236,7 @@ def alone(only="", seconds=2.0, *, growing=False, peaks=False, progress=True):
     parts = [f"{machine()['threads']} threads, float32", table(header, rows)]
     parts += [growth_table(growth(progress))] if growing else []
     parts += [memory_table(memory(progress))] if peaks else []
+    parts += [first_table(first_calls(progress))] if starts else []
     return "\n\n".join(parts)
 
 
@@ -216,3 +253,9 @@ def memory_table(found):
         peaks = ", ".join(f"{n}: {b / 1e6:.1f}" for n, b in zip(sizes, used, strict=True))
         rows.append([name, peaks])
     return table(["memory beyond inputs and output, 1 head", "MB by N"], rows)
+
+
+def first_table(found):
+    """First calls, as text."""
+    rows = [[name, *(f"{seconds:.1f}" for seconds in both)] for name, both in found.items()]
+    return table(["first call in a process, s", "compiled then", "from the cache"], rows)

@@ -54,6 +54,7 @@ def test_a_record_says_what_was_measured_and_what_was_not(small):
 def test_the_whole_run_and_its_figures(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "growth", lambda: {"local": ([64, 128], [1e-3, 2e-3], 1.0, 1.05)})
     monkeypatch.setattr(bench, "memory", lambda: {"local_attention": ([64, 128], [1e6, 1e6])})
+    monkeypatch.setattr(bench, "first_calls", lambda: {"local_attention": [5.0, 0.5]})
     monkeypatch.setenv("REFATTN_FIGURES", str(tmp_path))
     out = tmp_path / "results" / "cpu.json"
     run.main(["--seconds", "0.01", "--out", str(out)])

@@ -353,8 +353,11 @@ def test_bench(capsys, monkeypatch):
     sizes = ((64, 128), lambda n: {"window": 4}, "local_attention", 1.05)
     monkeypatch.setattr(bench, "GROWTH", {"local": sizes})
     monkeypatch.setattr(bench, "MEMORY_OF", {"local_attention": ("{'window': 4}", (64,))})
-    assert main(["bench", "--seconds", "0.01", "--growth", "--memory"]) == 0
+    monkeypatch.setattr(bench, "FIRST_OF", {"local_attention": "{'window': 4}"})
+    assert main(["bench", "--seconds", "0.01", "--growth", "--memory", "--starts"]) == 0
     out = capsys.readouterr().out
     assert "local" in out and "slope" in out and "MB by N" in out and "64: " in out
+    compiled, cached = map(float, out.splitlines()[-1].split()[-2:])
+    assert compiled > cached > 0
     assert main(["bench", "--only", "abacus"]) == 2
     assert "no work's name holds 'abacus'" in capsys.readouterr().err
