@@ -15,11 +15,14 @@ import refattn
 from refattn.course import slope, table
 from refattn.works import D, forward, inputs, works
 
-PAUSE = 0.03  # seconds, in which threads that a library left spinning come to rest
+WARM = 0.05  # seconds: by then threads that another library left spinning have come to rest
 
 
 def alternate(functions, *, repeats=7, seconds=20.0):
-    """Times in seconds of each function, called in turn after one call to warm up.
+    """Times in seconds of each function, called in turn.
+
+    Each turn begins with calls that are not timed, for ``WARM`` seconds, but where one call takes
+    twenty times as long.
 
     Parameters
     ----------
@@ -32,18 +35,25 @@ def alternate(functions, *, repeats=7, seconds=20.0):
     {name: list of float}
     """
     times = {name: [] for name in functions}
-    for run in functions.values():
-        run()
+    last = {name: timed(run) for name, run in functions.items()}
     start = time.perf_counter()
     for done in range(repeats):
         if done >= 2 and time.perf_counter() - start > seconds:
             break
         for name, run in functions.items():
-            time.sleep(PAUSE)
-            before = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - before)
+            warm = time.perf_counter() + WARM
+            while last[name] < 20 * WARM and time.perf_counter() < warm:
+                run()
+            last[name] = timed(run)
+            times[name].append(last[name])
     return times
+
+
+def timed(run):
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def spread(times):
@@ -86,18 +96,28 @@ def growth(progress=True):
 MEMORY = """
 import resource, sys
 import numpy as np, refattn
+def now(key):  # kilobytes
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(key))
 name, n, options = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
 def arrays(n):
     rng = np.random.default_rng(0)
     return [rng.standard_normal((1, n, 64), dtype=np.float32) for _ in range(3)]
 run = getattr(refattn, name)
-run(*arrays(4096), backend="numba", **options)  # compiled, threads and their buffers there
+run(*arrays(64), backend="numba", **options)  # compiled, and threads there
 q, k, v = arrays(n)
-y = np.empty_like(q); y[:] = 0; del y
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-y = run(q, k, v, backend="numba", **options)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024)
+try:
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")  # forget the peak so far
+    before = now("VmRSS:")
+    y = run(q, k, v, backend="numba", **options)
+    used = (now("VmHWM:") - before) * 1024 - y.nbytes
+except OSError:  # not Linux: beyond the peak so far
+    y = np.zeros_like(q) + 1; del y
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    y = run(q, k, v, backend="numba", **options)
+    used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(max(used, 0))
 """
 MEMORY_OF = {
     "softmax_attention": ("{}", (4096, 16384, 65536)),
@@ -221,9 +241,7 @@ def alone(only="", seconds=2.0, *, growing=False, peaks=False, starts=False, pro
     limit, rows = matmul_rate(), []
     for work in tqdm.tqdm(chosen, desc="bench", disable=not progress, leave=False):
         run = work.ours(*inputs(work.shape, size=work.size))
-        start = time.perf_counter()
-        run()
-        first = time.perf_counter() - start
+        first = timed(run)
         times = alternate({"": run}, seconds=seconds)[""]
         middle = statistics.median(times)
         rate = work.flops * work.shape[0] / middle

@@ -66,7 +66,8 @@ def _spans(n, m, block, fuse):
     """Each query's own block; all keys for "exact"."""
     if fuse == "exact":
         return spans_of(n, m)
-    start = np.arange(n) // block * block
+    block = max(1, min(block, n))
+    start = np.arange(n, dtype=np.int32) // block * block
     return np.stack([start, np.minimum(start + block, m)], axis=-1)
 
 

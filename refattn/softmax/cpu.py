@@ -76,10 +76,11 @@ def _handed_out(found, q, k, v, bias, dtype):
 
 def spans_of(n, m, causal=False):
     """(n, 2): the first and last + 1 key that each query may see."""
-    last = np.full(n, m)
+    spans = np.zeros((n, 2), np.int32)
+    spans[:, 1] = m
     if checks.flag("causal", causal):
-        last = np.clip(np.arange(n) + (m - n) + 1, 0, m)
-    return np.stack([np.zeros(n, np.int64), last], axis=-1)
+        np.clip(np.arange(m - n + 1, m + 1), 0, m, out=spans[:, 1], casting="unsafe")
+    return spans
 
 
 def some_rows(q, k, v, *, spans, **pairs):

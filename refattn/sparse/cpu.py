@@ -71,9 +71,12 @@ def _residues(n, m, window, causal, dilation):
     for residue in range(dilation):
         start = (residue - (m - n)) % dilation
         count = max(0, -(-(m - residue) // dilation))
-        i = (np.arange(start, n, dilation) + (m - n) - residue) // dilation
-        low, high = (np.clip(x, 0, count) for x in (i - left, i + right + 1))
-        spans = np.stack([np.minimum(low, high), high], axis=-1).astype(np.int64)
+        i = np.arange(start, n, dilation, dtype=np.int32)
+        i += m - n - residue
+        i //= dilation
+        spans = np.stack([i - min(left, n + m), i + (min(right, n + m) + 1)], axis=-1)
+        np.clip(spans, 0, count, out=spans)
+        spans[:, 0] = spans.min(axis=1)
         whole = dilation == 1
         rows = slice(None) if whole else slice(start, None, dilation)
         yield rows, slice(None) if whole else slice(residue, None, dilation), spans
