@@ -1,4 +1,4 @@
-"""python -m benchmarks.figures: draw a results file: ratios, time against N, memory against N."""
+"""python -m benchmarks.figures: draw a results file, and print README's table of it."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from refattn.course import save_figure, use_style
 
 ROOT = Path(__file__).parents[1]
 MARKERS = "osD^v"
+TOKEN = 4 * 64 * 4  # bytes of a token's q, k, v and y
 
 
 def ratios(result):
@@ -44,11 +45,27 @@ def against_n(result, key, name, scale, unit, title):
         columns["work"] += [work] * len(sizes)
         columns["n"] += sizes
         columns[unit] += values
+    if key == "memory":
+        ends = [min(columns["n"]), max(columns["n"])]
+        axis.loglog(ends, [scale * TOKEN * n for n in ends], color="0.6", label="q, k, v and y")
     axis.set_xlabel("tokens N")
     axis.set_ylabel(unit)
     axis.set_title(title)
-    axis.legend()
+    axis.legend(fontsize=7)
     save_figure(figure, name, **columns)
+
+
+def summary(result):
+    """README's table: for each work and peer the ratio, from the least to the largest size."""
+    found = {}
+    for work in result["works"]:
+        for peer, ratio in work["ratio"].items():
+            found.setdefault((work["work"], peer), []).append((work["shape"][1], f"{ratio:.{1 if ratio < 10 else 0}f}"))
+    lines = ["| work | tokens | beside | times as fast |", "|---|---|---|---|"]
+    for (work, peer), pairs in found.items():
+        sizes, ratios = (", ".join(map(str, column)) for column in zip(*pairs, strict=True))
+        lines.append(f"| {work} | {sizes} | {peer} | {ratios} |")
+    return "\n".join(lines)
 
 
 def threads(result):
@@ -61,12 +78,13 @@ def main(arguments=None):
     default = ROOT / "benchmarks" / "results" / "cpu.json"
     options.add_argument("results", nargs="?", type=Path, default=default)
     result = json.loads(options.parse_args(arguments).results.read_text(encoding="utf-8"))
+    print(summary(result))
     use_style()
     ratios(result)
     if "growth" in result:
         title = "Local and linear forms grow as N, softmax attention as N²"
         against_n(result, "growth", "bench_growth", 1e3, "ms", title)
-        title = "Memory beyond inputs and output"
+        title = "Memory beyond inputs and output, beside what these take"
         against_n(result, "memory", "bench_memory", 1e-6, "MB", title)
 
 

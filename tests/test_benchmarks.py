@@ -1,6 +1,7 @@
 """benchmarks/: records, the table, the figures, on small work and peers made up for it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,3 +87,9 @@ def test_ours_gives_what_the_formula_gives():
         np.testing.assert_allclose(y, pair[0](q, k, v, causal=True), atol=1e-5)
         for a, b in zip((dq, dk, dv), pair[1](dy, q, k, v, causal=True), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_table_in_the_readme_is_that_of_the_results():
+    root = Path(run.__file__).parents[1]
+    result = json.loads((root / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
+    assert figures.summary(result) in (root / "README.md").read_text(encoding="utf-8")
