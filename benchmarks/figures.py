@@ -60,7 +60,8 @@ def summary(result):
     found = {}
     for work in result["works"]:
         for peer, ratio in work["ratio"].items():
-            found.setdefault((work["work"], peer), []).append((work["shape"][1], f"{ratio:.{1 if ratio < 10 else 0}f}"))
+            shown = f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
+            found.setdefault((work["work"], peer), []).append((work["shape"][1], shown))
     lines = ["| work | tokens | beside | times as fast |", "|---|---|---|---|"]
     for (work, peer), pairs in found.items():
         sizes, ratios = (", ".join(map(str, column)) for column in zip(*pairs, strict=True))
