@@ -33,7 +33,7 @@ def backends(formula):
         if backend == "numpy":
             return formula(*args, **options)
         kernel = _find(mechanism, formula.__name__, backend)
-        with _inside("numpy"):  # a kernel that falls back on a formula means the formula
+        with _inside("numpy"), _launches(backend, options):  # a formula means the formula
             return kernel(*args, **options)
 
     signature = inspect.signature(formula)
@@ -55,6 +55,15 @@ def composed(formula, backend):
             return body(*args, **options)
 
     return run
+
+
+def _launches(backend, options):
+    """On the stream of CUDA that ``stream=`` names, which is taken out of the options."""
+    if backend != "cuda" or "stream" not in options:
+        return contextlib.nullcontext()
+    from refattn import gpu
+
+    return gpu.on(options.pop("stream"))
 
 
 @contextlib.contextmanager
