@@ -2,7 +2,7 @@
 
 Kernels stand in ``MECHANISM/cuda_*.py``, made for a set of compile-time sizes by a cached
 ``make_NAME(...)``. Their wrappers, in ``MECHANISM/cuda.py``, work on arrays of any library: NumPy's
-are copied to the device and back at each launch, the device arrays of torch and CuPy are not copied.
+are copied to the device and back at each launch, device arrays of torch and CuPy are not copied.
 
 With NUMBA_ENABLE_CUDASIM=1 in the environment, kernels run in Numba's simulator, without a GPU and
 slowly, and arrays of torch may lie on the CPU.
