@@ -51,9 +51,16 @@ def in_parallel(kernel, tasks, *arguments):
     size = max(1, -(-tasks // (PIECES * threads)))
     starts = iter(range(0, tasks, size))  # shared: each piece goes to whoever comes first
 
+    def stop():
+        for _ in starts:  # nobody takes another piece
+            pass
+
     def work():
-        for first in starts:
-            kernel(first, min(first + size, tasks), *arguments)
+        try:
+            for first in starts:
+                kernel(first, min(first + size, tasks), *arguments)
+        finally:
+            stop()
 
     if threads == 1 or size >= tasks:
         work()
@@ -66,8 +73,7 @@ def in_parallel(kernel, tasks, *arguments):
         for run in runs:
             run.result()
     finally:
-        for _ in starts:  # after an error: nobody takes another piece
-            pass
+        stop()
         for run in runs:
             run.exception()
 

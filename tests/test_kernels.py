@@ -261,3 +261,61 @@ def test_every_entry_of_the_output_is_written(name, monkeypatch):
     monkeypatch.setattr(np, "empty", poisoned)
     for a, b in zip(clean, run(name, inputs, ALL[name]), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("tasks", [0, 1, 2, 15, 16, 17, 1000])
+def test_pieces_make_up_all_tasks_once(tasks):
+    seen = np.zeros(tasks, int)
+
+    def kernel(first, last, seen):
+        seen[first:last] += 1
+
+    kernels.in_parallel(kernel, tasks, seen)
+    assert (seen == 1).all()
+
+
+def test_after_an_error_no_further_piece_is_taken():
+    begun = []
+
+    def kernel(first, last):
+        begun.append(first)
+        if len(begun) == 2:  # whichever thread that is
+            raise KeyboardInterrupt
+        threading.Event().wait(0.02)
+
+    with pytest.raises(KeyboardInterrupt):
+        kernels.in_parallel(kernel, 10_000)
+    assert len(begun) <= 2 + numba.get_num_threads()
+    kernels.in_parallel(lambda first, last: None, 10)  # and the threads are there again
+
+
+def test_the_settings_of_the_caller_hold_in_the_threads():
+    found = []
+    with np.errstate(over="raise"):
+        kernels.in_parallel(lambda first, last: found.append(np.geterr()["over"]), 64)
+    assert set(found) == {"raise"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_has_threads_of_its_own():
+    script = """
+import os, numpy as np, refattn
+q, k, v = np.random.default_rng(0).standard_normal((3, 4, 300, 8)).astype(np.float32)
+y = refattn.softmax_attention(q, k, v, backend="numba")
+child = os.fork()
+if not child:
+    same = (refattn.softmax_attention(q, k, v, backend="numba") == y).all()
+    os._exit(0 if same else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert fresh(script) == "0"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_all_finite(bad):
+    x = np.ones((3, kernels.SHARE), np.float32)
+    assert kernels.all_finite(x, np.zeros(0), x.astype(float))
+    for place in (0, 1, x.size // 2, x.size - 1):
+        y = x.copy()
+        y.flat[place] = bad
+        assert not kernels.all_finite(x, y)
