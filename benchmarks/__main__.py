@@ -8,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import tqdm
 
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, numbers
 from refattn import bench
 from refattn.course import table
 from refattn.works import inputs
@@ -28,9 +27,9 @@ def parser():
     return main
 
 
-def peers_of(work, arrays):
+def peers_of(work, arrays, peers):
     """{name: function} of the peers that are there, and {name: reason} of those that are not."""
-    makers, tolerance = PEERS.get(work.name, ({}, None))
+    makers, tolerance = peers.get(work.name, ({}, None))
     found, missing = {}, {}
     for name, make in makers.items():
         try:
@@ -42,19 +41,21 @@ def peers_of(work, arrays):
 
 def disagreement(ours, theirs):
     """The largest difference of any array, relative to its largest entry."""
-    ours, theirs = ([x] if isinstance(x, np.ndarray) else x for x in (ours, theirs))
-    pairs = zip(ours, theirs, strict=True)
+    pairs = zip(numbers(ours), numbers(theirs), strict=True)
     return max(float(abs(a - b.reshape(a.shape)).max() / abs(a).max()) for a, b in pairs)
 
 
-def measured(work, seconds):
-    """A record of one work: medians, spreads, ratios, and how far the answers lie apart."""
-    arrays = inputs(work.shape, size=work.size)
+def measured(work, seconds, peers=PEERS, put=lambda x: x, clock=bench.timed):
+    """A record of one work: medians, spreads, ratios, and how far the answers lie apart.
+
+    ``put`` brings an array to where the work is done, and ``clock`` times a call there.
+    """
+    arrays = [put(x) for x in inputs(work.shape, size=work.size)]
     ours = work.ours(*arrays)
     start = time.perf_counter()
     answer = ours()
     first = time.perf_counter() - start
-    functions, missing, tolerance = peers_of(work, arrays)
+    functions, missing, tolerance = peers_of(work, arrays, peers)
     apart = {}
     for name, run in list(functions.items()):
         try:
@@ -68,7 +69,7 @@ def measured(work, seconds):
             if not apart[name] <= tolerance:
                 missing[name] = f"its answer lies {apart[name]:.1e} away"
                 del functions[name]
-    times = bench.alternate({"refattn": ours, **functions}, seconds=seconds)
+    times = bench.alternate({"refattn": ours, **functions}, seconds=seconds, clock=clock)
     middle = {name: statistics.median(t) for name, t in times.items()}
     return {
         "work": work.name,

@@ -17,20 +17,22 @@ def tensors(*arrays):
     """As torch has them: (1, heads, n, d), on the same memory."""
     import torch
 
-    return [torch.from_numpy(x)[None] for x in arrays]
+    return [(torch.from_numpy(x) if isinstance(x, np.ndarray) else x)[None] for x in arrays]
 
 
-def back(y):
-    return y[0].detach().numpy()
+def numbers(y):
+    """A result as a list of NumPy's arrays."""
+    parts = y if isinstance(y, (tuple, list)) else [y]
+    return [x.detach().cpu().numpy() if hasattr(x, "detach") else x for x in parts]
 
 
 def plain(run, *arrays):
-    """A function of no arguments without gradients; what it gives is NumPy's."""
+    """A function of no arguments without gradients."""
     import torch
 
     def call():
         with torch.inference_mode():
-            return back(run(*arrays))
+            return run(*arrays)[0]
 
     return call
 
@@ -44,9 +46,13 @@ def with_autograd(run, q, k, v, dy):
 
     def call():
         y = run(*leaves)
-        return [back(x) for x in (y, *torch.autograd.grad(y, leaves, pull))]
+        return [x[0] for x in (y, *torch.autograd.grad(y, leaves, pull))]
 
     return call
+
+
+def device_of(x):
+    return getattr(x, "device", "cpu")
 
 
 def sdpa(causal, backward=False):
@@ -72,23 +78,23 @@ def flex(mask_mod_of):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         n = q.shape[-2]
-        mask_mod = mask_mod_of(n, torch)
-        block_mask = create_block_mask(mask_mod, None, None, n, n, device="cpu")
+        mask_mod = mask_mod_of(n, torch, device_of(q))
+        block_mask = create_block_mask(mask_mod, None, None, n, n, device=device_of(q))
         run = compiled(flex_attention)
         return plain(lambda *x: run(*x, block_mask=block_mask), *tensors(q, k, v))
 
     return make
 
 
-def window_mod(n, torch):
+def window_mod(n, torch, device):
     return lambda b, h, i, j: (i - j).abs() <= WINDOW
 
 
 def pattern_mod(mask_of, block):
     """A mask_mod that looks a pair up in a small table of blocks."""
 
-    def make(n, torch):
-        table = torch.from_numpy(mask_of(n))
+    def make(n, torch, device):
+        table = torch.from_numpy(mask_of(n)).to(device)
         return lambda b, h, i, j: table[i // block, j // block]
 
     return make
@@ -158,7 +164,7 @@ def linformer_formula(compile_it):
         import torch
 
         E = np.random.default_rng(0).standard_normal((256, q.shape[-2])).astype(np.float32) / 128
-        E = torch.from_numpy(E)
+        E = torch.from_numpy(E).to(device_of(q))
         scale = q.shape[-1] ** -0.5
 
         def run(q, k, v):

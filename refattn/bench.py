@@ -18,7 +18,14 @@ from refattn.works import D, forward, inputs, works
 WARM = 0.05  # seconds: by then threads that another library left spinning have come to rest
 
 
-def alternate(functions, *, repeats=7, seconds=20.0):
+def timed(run):
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def alternate(functions, *, repeats=7, seconds=20.0, clock=timed):
     """Times in seconds of each function, called in turn.
 
     Each turn begins with calls that are not timed, for ``WARM`` seconds, but where one call takes
@@ -29,13 +36,15 @@ def alternate(functions, *, repeats=7, seconds=20.0):
     functions : {name: callable of no arguments}
     repeats : int
         Rounds; fewer, but two at least, once ``seconds`` are over.
+    clock : callable
+        Calls its argument and returns the seconds that this took.
 
     Returns
     -------
     {name: list of float}
     """
     times = {name: [] for name in functions}
-    last = {name: timed(run) for name, run in functions.items()}
+    last = {name: clock(run) for name, run in functions.items()}
     start = time.perf_counter()
     for done in range(repeats):
         if done >= 2 and time.perf_counter() - start > seconds:
@@ -44,16 +53,9 @@ def alternate(functions, *, repeats=7, seconds=20.0):
             warm = time.perf_counter() + WARM
             while last[name] < 20 * WARM and time.perf_counter() < warm:
                 run()
-            last[name] = timed(run)
+            last[name] = clock(run)
             times[name].append(last[name])
     return times
-
-
-def timed(run):
-    """Seconds of one call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def spread(times):

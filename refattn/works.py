@@ -36,21 +36,22 @@ def inputs(shape, dtype=np.float32, size=1.0):
     return [(s * rng.standard_normal(shape)).astype(dtype) for s in (size, size, 1, 1)]
 
 
-def forward(attention, **options):
+def forward(attention, backend="numba", **options):
     """``Work.ours`` of a forward pass."""
-    return lambda q, k, v, dy: lambda: attention(q, k, v, backend="numba", **options)
+    return lambda q, k, v, dy: lambda: attention(q, k, v, backend=backend, **options)
 
 
-def both(attention, vjp, keeps_lse=False, **options):
+def both(attention, vjp, keeps_lse=False, backend="numba", **options):
     """``Work.ours`` of a forward and a backward pass, which gives y and the gradients."""
+    options["backend"] = backend
 
     def make(q, k, v, dy):
         def run():
             if not keeps_lse:
-                y = attention(q, k, v, backend="numba", **options)
-                return y, *vjp(dy, q, k, v, backend="numba", **options)
-            saved = attention(q, k, v, backend="numba", return_lse=True, **options)
-            return saved[0], *vjp(dy, q, k, v, backend="numba", saved=saved, **options)
+                y = attention(q, k, v, **options)
+                return y, *vjp(dy, q, k, v, **options)
+            saved = attention(q, k, v, return_lse=True, **options)
+            return saved[0], *vjp(dy, q, k, v, saved=saved, **options)
 
         return run
 
