@@ -112,20 +112,20 @@ def works(put):
             on(a.sparse_attention, mask=tree),
             a.sparse_attention_cost(4096, 4096, D, D, nnz=tree.nnz).flops,
             flex,
-        ),  # fmt: skip
+        ),
         Work(
             "linear, elu + 1, full",
             LONG,
             on(a.linear_attention),
             a.linear_attention_cost(16384, 16384, D, D).flops,
             formula,
-        ),  # fmt: skip
+        ),
         Work(
             "linear, elu + 1, causal",
             LONG,
             on(a.linear_attention_chunked),
             a.linear_attention_cost(16384, 16384, D, D, causal=True).flops,
-        ),  # fmt: skip
+        ),
         Work(
             "Performer, 256 features, full",
             LONG,
@@ -133,21 +133,21 @@ def works(put):
             a.performer_attention_cost(16384, 16384, D, D, num_features=256).flops,
             formula,
             SMALL,
-        ),  # fmt: skip
+        ),
         Work(
             "Linformer, r = 256",
             LONG,
             on(a.linformer_attention, E=E),
             a.linformer_attention_cost(16384, 16384, D, D, r=256).flops,
             formula,
-        ),  # fmt: skip
+        ),
         Work(
             "gate, half of the rows off",
             MIDDLE,
             on(a.gated_attention, gate=gate),
             a.gated_attention_cost(4096, 4096, D, D, open_rows=2048).flops,
             {"the same, all rows on": 1.0},
-        ),  # fmt: skip
+        ),
     ]
 
 
