@@ -319,3 +319,34 @@ def test_all_finite(bad):
         y = x.copy()
         y.flat[place] = bad
         assert not kernels.all_finite(x, y)
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (1, 6), (6, 1), (6, 6)])
+def test_the_gradient_of_a_bias_under_a_gate(shape):
+    q, k, v, dy, bias = arrays((6, 3), (6, 3), (6, 3), (6, 3), shape, dtype=np.float64)
+    gate = np.array([0.0, 1, 0, 1, 0, 1])[:, None]
+    one, two = (
+        refattn.gated_attention_vjp(dy, q, k, v, gate=gate, bias=bias, backend=backend)
+        for backend in ("numpy", "numba")
+    )
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_lowest_number_as_a_bias(dtype, rows):
+    """Often used to hide: a row of nothing else weighs all its keys."""
+    q, k, v, dy = arrays(*[(3, 4)] * 4, dtype=dtype)
+    bias = np.zeros((3, 3), dtype)
+    bias[:rows] = np.finfo(dtype).min
+    bias[-1, 0] = np.finfo(dtype).min
+    one, two = (
+        [
+            *refattn.softmax_attention(q, k, v, bias=bias, return_lse=True, backend=backend),
+            *refattn.softmax_attention_vjp(dy, q, k, v, bias=bias, backend=backend),
+        ]
+        for backend in ("numpy", "numba")
+    )
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.5 if a.ndim == 1 else 1e-5, atol=1e-5)

@@ -104,8 +104,10 @@ def _some_rows(rows, n, m, *, mask=None, bias=None, causal=False, **options):
     for name, pairs in (("mask", mask), ("bias", bias)):
         if pairs is not None:
             checks.fits(name, np.asarray(pairs), (*np.shape(pairs)[:-2], n, m))
-            down = np.ndim(pairs) > 1 and np.shape(pairs)[-2] > 1
-            pairs = np.asarray(pairs)[..., rows, :] if down else pairs
+            # Also where all rows share one: the gradient of each open row is wanted by itself.
+            pairs = _at_least_2d(np.asarray(pairs))
+            whole = *pairs.shape[:-2], n, pairs.shape[-1]
+            pairs = np.broadcast_to(pairs, whole)[..., rows, :]
         few[name] = pairs
     return some_rows, some_rows_vjp, {**options, **few}
 
@@ -148,6 +150,9 @@ def over_spans_vjp(
     if 0 in (n, m, e, H):
         return _vjp_without_kernel(dy, q, k, v, spans, dlse, given)
     y, lse = saved or over_spans(q, k, v, spans, dtype=dtype, **given)
+    if bias is not None and ((lse < np.finfo(lse.dtype).min / 4) & (lse > -np.inf)).any():
+        # Rows of nothing but the lowest numbers: the sum of weights is lost in lse.
+        return _vjp_without_kernel(dy, q, k, v, spans, dlse, given)
     lse = np.where(lse == -np.inf, np.inf, lse * q.dtype.type(LOG2E))
     of_rows = lse, np.zeros((), q.dtype) if dlse is None else dlse
     of_rows = [spread(x.astype(q.dtype), (*lead, n)).reshape(H, n) for x in of_rows]

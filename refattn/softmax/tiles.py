@@ -171,10 +171,15 @@ def shape_scores(st, j0, i0, count, at, mask, bias, softcap, slope):
                     slope[b, a] = kind(1) - t * t
     if bias.size > 0:
         down, across = min(1, bias.shape[1] - 1), min(1, bias.shape[2] - 1)
+        hidden, least = kind(-np.inf), kind(np.finfo(st.dtype).min)
         for a in range(count):
             row = bias[at[4], (i0 + a) * down]
             for b in range(st.shape[0]):
-                st[b, a] += row[(j0 + b) * across] * kind(LOG2E)
+                more = row[(j0 + b) * across]
+                if more > hidden:  # the lowest number there is stays one
+                    st[b, a] += max(more * kind(LOG2E), least)
+                else:
+                    st[b, a] = more + st[b, a]
     if mask.size > 0:
         down, across = min(1, mask.shape[1] - 1), min(1, mask.shape[2] - 1)
         for a in range(count):
