@@ -155,7 +155,9 @@ def _on_device(x, stream):
     if isinstance(x, tuple):
         return tuple(_on_device(part, stream) for part in x)
     if isinstance(x, np.ndarray):
-        return x if SIMULATED else cuda.to_device(x, stream=stream)
+        if SIMULATED:  # where every array is written back
+            return x if x.flags.writeable else x.copy()
+        return cuda.to_device(x, stream=stream)
     if not hasattr(x, "__dlpack__"):
         return x  # a number
     if SIMULATED:
@@ -186,3 +188,52 @@ def qkv(q, k, v):
     if xp is np:
         q, k, v = (np.asarray(x) for x in (q, k, v))
     return xp, *(cast(xp, x, compute) for x in (q, k, v)), dtype
+
+
+def placed(xp, near, x):
+    """x in the library of ``near``, and where that lies."""
+    if hasattr(x, "__dlpack__") and not isinstance(x, np.ndarray) and xp is not np:
+        return x
+    x = np.asarray(x)
+    return x if xp is np else like(xp, near, np.array(x))
+
+
+def shape_of(x):
+    """The shape of an array of any library, or of what NumPy makes one of."""
+    return tuple(x.shape) if hasattr(x, "__dlpack__") else np.shape(x)
+
+
+def rows(x, positions):
+    """x[..., positions, :] for positions that are NumPy's."""
+    if not hasattr(x, "__dlpack__") or isinstance(x, np.ndarray):
+        return np.asarray(x)[..., positions, :]
+    xp = namespace(x)
+    return xp.take(x, like(xp, x, np.array(positions, np.int64)), axis=len(x.shape) - 2)
+
+
+def positions(xp, near, n):
+    """0 to n - 1 in 32 bits, where ``near`` lies."""
+    return xp.arange(n, dtype=xp.int32, **({} if xp is np else {"device": near.device}))
+
+
+def cotangent(xp, near, name, x, shape, dtype):
+    """``checks.cotangent`` for arrays of any library."""
+    if xp is np:
+        return checks.cotangent(name, x, shape, dtype)
+    seen = checks.floating(name, outline(x))
+    checks.cotangent(name, np.broadcast_to(np.float32(0), seen.shape), shape, np.float32)
+    x = placed(xp, near, x)
+    return cast(xp, cast(xp, x, dtype), checks.compute_dtype(dtype))
+
+
+def real_option(xp, near, name, x, dtype):
+    """``checks.real_option`` for arrays of any library, in the dtype of the arithmetic."""
+    x, compute = placed(xp, near, x), checks.compute_dtype(dtype)
+    if xp is np:
+        return checks.real_option(name, x, dtype, compute)
+    came = checks.floating(name, outline(x)).dtype
+    rounded = cast(xp, cast(xp, x, dtype), compute)
+    wider = came.itemsize > np.dtype(dtype).itemsize  # only then are numbers looked at
+    if wider and xp.any(xp.isfinite(x) & ~xp.isfinite(rounded)):
+        raise ValueError(f"{name} has finite entries beyond {np.dtype(dtype)}")
+    return rounded
