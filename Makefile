@@ -15,10 +15,10 @@ PYTEST = $(SIZE) $(QUIET) $(PY) -m pytest -n 2 --dist worksteal --doctest-module
 STRIP = --keep-output --keep-count --keep-id \
 	--extra-keys "cell.metadata.execution metadata.language_info"
 
-.PHONY: help course test figures pages check bench lint format coverage mutants lock clean
+.PHONY: help course test figures pages check bench lint format coverage mutants gpu gpu-check lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 course: $(READY)  ## run every notebook and write pages, figures and a summary into build/
 	@$(PY) scripts/notebooks.py course
@@ -62,6 +62,20 @@ coverage: $(READY)  ## run the tests and require 95% of the lines and branches
 
 mutants: $(READY)  ## break each formula and see that a test notices
 	@$(PY) tests/mutations.py
+
+gpu: $(READY)  ## judge the CUDA kernels and time them, where there is a GPU
+	@$(PY) -m pip install --quiet --no-compile -c constraints.txt -e '.[cuda,outside]'
+	@$(PY) -m benchmarks.gpu
+
+gpu-check: .venv/cuda-check/.ready  ## compile every CUDA kernel: registers, memory, spills
+	@.venv/cuda-check/bin/python scripts/cuda_compile.py $(ARGS)
+
+# An environment of its own: numba-cuda takes over numba.cuda where it is installed.
+.venv/cuda-check/.ready: $(READY)
+	@$(PYTHON) -m venv .venv/cuda-check
+	@.venv/cuda-check/bin/python -m pip install --quiet --no-compile -c constraints.txt \
+		-e '.[cuda-check]'
+	@touch $@
 
 lock: $(READY)  ## write constraints.txt from pyproject.toml (ARGS=--upgrade for new versions)
 	@$(PY) -m pip install --quiet uv
