@@ -38,6 +38,14 @@ def qkv(q, k, v):
 
     The fourth value is the dtype that came in: the one that results are rounded to.
     """
+    q, k, v, dtype = fitting(q, k, v)
+    q, k, v = (x.astype(compute_dtype(dtype), copy=False) for x in (q, k, v))
+    rounding = ARITHMETIC.get()
+    return *((q, k, v) if rounding is None else map(rounding, (q, k, v))), dtype
+
+
+def fitting(q, k, v):
+    """Check q, k and v as ``qkv`` does; return them as they came, as arrays, and their dtype."""
     named = {"q": floating("q", q), "k": floating("k", k), "v": floating("v", v)}
     dtypes = [x.dtype.name for x in named.values()]
     if len(set(dtypes)) > 1:
@@ -53,10 +61,7 @@ def qkv(q, k, v):
     if k.shape[-2] != v.shape[-2]:
         raise ValueError(f"k has {k.shape[-2]} rows, v has {v.shape[-2]}: they must agree")
     lead(q, k, v)
-    dtype = np.dtype(dtypes[0]) if dtypes[0] != "bfloat16" else q.dtype
-    q, k, v = (x.astype(compute_dtype(dtype), copy=False) for x in (q, k, v))
-    rounding = ARITHMETIC.get()
-    return *((q, k, v) if rounding is None else map(rounding, (q, k, v))), dtype
+    return q, k, v, np.dtype(dtypes[0]) if dtypes[0] != "bfloat16" else q.dtype
 
 
 def lead(*arrays):

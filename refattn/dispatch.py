@@ -33,7 +33,7 @@ def backends(formula):
         if backend == "numpy":
             return formula(*args, **options)
         kernel = _find(mechanism, formula.__name__, backend)
-        with _inside("numpy"), _launches(backend, options):  # a formula means the formula
+        with inside("numpy"), _launches(backend, options):  # a formula means the formula
             return kernel(*args, **options)
 
     signature = inspect.signature(formula)
@@ -51,7 +51,7 @@ def composed(formula, backend):
 
     @functools.wraps(body)
     def run(*args, **options):
-        with _inside(backend):
+        with inside(backend):
             return body(*args, **options)
 
     return run
@@ -67,7 +67,7 @@ def _launches(backend, options):
 
 
 @contextlib.contextmanager
-def _inside(backend):
+def inside(backend):
     """Calls that name no backend go to this one."""
     token = _INSIDE.set(backend)
     try:

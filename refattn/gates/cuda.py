@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from refattn import checks, gpu
-from refattn.dispatch import ROW_FORMS, _inside, composed, row_form, rows_of
+from refattn.dispatch import ROW_FORMS, composed, inside, row_form, rows_of
 from refattn.gates import formula
 from refattn.gates.options import CORE, ROUNDED, gradient_names
 from refattn.linear import chunked
@@ -29,7 +29,7 @@ def gated_attention(q, k, v, *, gate, attention=softmax_attention, **options):
     gpu.require()
     if gpu.namespace(q, k, v) is np:
         return _gated_attention(q, k, v, gate=gate, attention=attention, **options)
-    with _inside("cuda"):  # where calls that name no backend go
+    with inside("cuda"):  # where calls that name no backend go
         call = _Call(q, k, v, gate, attention, options)
         y = call.whole
         if y is None:
@@ -45,7 +45,7 @@ def gated_attention_vjp(
     if gpu.namespace(q, k, v) is np:
         given = {"gate": gate, "attention": attention, "attention_vjp": attention_vjp}
         return _gated_attention_vjp(dy, q, k, v, **given, **options)
-    with _inside("cuda"):
+    with inside("cuda"):
         call = _Call(q, k, v, gate, attention, options)
         if (call.vjp is None) == (attention_vjp is None):
             raise ValueError(
