@@ -66,10 +66,7 @@ def works():
     omega = refattn.random_features(256, D, rng=0).astype(np.float32)
     E = np.random.default_rng(0).standard_normal((256, 16384)).astype(np.float32) / 128
     gate = (np.arange(4096) % 2).astype(np.float32)[:, None]
-    a, cost = refattn, {}
-    for n in (1024, 2048, 4096, 16384):
-        cost[n] = a.softmax_attention_cost(n, n, D, D).flops
-    found = []
+    a, found = refattn, []
     for n in (1024, 2048, 4096):
         for causal, goal in ((False, 1.05), (True, 1.1)):
             kind = "causal" if causal else "full"
