@@ -1,73 +1,32 @@
 """Compiled linear attention and Performer: past one chunk and one segment, and far out."""
 
+import functools
+
 import ml_dtypes
 import numba
 import numpy as np
 import pytest
 
+import linear_forms
 import refattn
 from cases import MECHANISMS, flat, options_in
+from linear_forms import attention, forms, wide
 from mechanisms.performer import exponent_size
 from refattn.linear import FeatureMap, identity, identity_vjp
 from refattn.linear.over_features import segments
 from refattn.linear.tiles import BLOCK
 
 OMEGA = np.random.default_rng(0).standard_normal((70, 6))  # past half a group of sines
-LINEAR = {
-    "elu": {},
-    "relu": {"feature_map": "relu"},
-    "taylor": {"feature_map": "taylor"},
-    "unnormalized": {"normalize": False},
-}
-PERFORMER = {
-    "positive": {"omega": OMEGA},
-    "hyperbolic": {"omega": OMEGA, "kind": "hyperbolic"},
-    "trig": {"omega": OMEGA, "kind": "trig"},
-}
-FORMS = [
-    pytest.param(
-        name, {**options, "causal": causal}, id=f"{label}-{'causal' if causal else 'full'}"
-    )
-    for name, forms in (("linear_attention", LINEAR), ("performer_attention", PERFORMER))
-    for label, options in forms.items()
-    for causal in (False, True)
-]
-FEW = [form for form in FORMS if form.id.split("-")[0] in ("elu", "positive")]
+FORMS, FEW = forms(OMEGA)
 
 
-def inputs(n, d=6, e=5, lead=(), dtype=np.float32, seed=1):
+def inputs(n, d=6, e=5, **more):
     """q, k, v and dy."""
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal((*lead, n, c)).astype(dtype) for c in (d, d, e, e)]
+    return linear_forms.inputs(n, d, e, **more)
 
 
-def attention(name):
-    return getattr(refattn, name), getattr(refattn, f"{name}_vjp")
-
-
-def run(name, q, k, v, dy, backend="numba", **options):
-    """y and all gradients, as one list."""
-    forward, vjp = attention(name)
-    y = forward(q, k, v, backend=backend, **options)
-    return [y, *flat(vjp(dy, q, k, v, backend=backend, **options))]
-
-
-def wide(x):
-    return x.astype(float)
-
-
-def as_exact_as_the_formula(name, q, k, v, dy, **options):
-    """Within a few times the formula's own error, which for signed features is one of a kind."""
-    low = options_in(options, q.dtype)
-    found = run(name, q, k, v, dy, **low)
-    plain = run(name, q, k, v, dy, backend="numpy", **low)
-    exact = run(name, *map(wide, (q, k, v, dy)), backend="numpy", **options_in(low, np.float64))
-    eps = np.finfo(q.dtype).eps
-    signed = options.get("kind") == "trig" or options.get("feature_map") in ("relu", "taylor")
-    for x, p, t in zip(found, plain, exact, strict=True):
-        assert x.dtype == p.dtype and x.shape == p.shape
-        own, size = abs(p - t).max(), abs(t).max()
-        assert abs(x - t).max() <= (16 if signed else 4) * own + 64 * eps * size
+run = functools.partial(linear_forms.run, backend="numba")
+as_exact_as_the_formula = functools.partial(linear_forms.as_exact_as_the_formula, backend="numba")
 
 
 @pytest.mark.parametrize("n", [BLOCK + 1, 200, 1025])

@@ -37,5 +37,12 @@ def small_tiles(request, monkeypatch):
         monkeypatch.setitem(cuda_maps.SIZES, kind, small)
 
 
+@pytest.fixture
+def torch():
+    """The library, whose arrays on the CPU stand for those on a device; skipped without it."""
+    pytest.importorskip("array_api_compat")
+    return pytest.importorskip("torch")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "real_tiles: with the tiles that a GPU gets")

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 import refattn
 from refattn.linear import FeatureMap, cuda_first, identity, identity_vjp
@@ -40,7 +39,7 @@ TORCH = [
 
 
 @pytest.mark.parametrize(("name", "options"), TORCH)
-def test_arrays_of_torch(name, options):
+def test_arrays_of_torch(name, options, torch):
     """As device arrays: in and out, options too; close to NumPy's, whose sums run otherwise."""
     plain = inputs(dtype=np.float64, lead=(2,))
 
@@ -56,7 +55,7 @@ def test_arrays_of_torch(name, options):
         np.testing.assert_allclose(x.numpy(), w, rtol=1e-11, atol=1e-11 * abs(w).max())
 
 
-def test_arrays_of_torch_at_the_edges():
+def test_arrays_of_torch_at_the_edges(torch):
     q, k, v, dy = (torch.tensor(x) for x in inputs(3))
     for x in run("linear_attention", q[:0], k, v, dy[:0]):
         assert isinstance(x, torch.Tensor) and x.dtype == torch.float32

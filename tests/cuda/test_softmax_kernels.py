@@ -374,9 +374,7 @@ TORCH = {
 
 
 @pytest.mark.parametrize(("name", "label"), [(x, y) for x in TORCH for y in TORCH[x]])
-def test_arrays_of_torch(name, label):
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("array_api_compat")
+def test_arrays_of_torch(name, label, torch):
     case = Case(MECHANISMS[name], label, Shape(6, 6, 3, 2))
     q, k, v, options = case.build(2)
     dy = np.ones_like(case.mechanism.attention(q, k, v, **options))
@@ -396,9 +394,7 @@ def test_arrays_of_torch(name, label):
         np.testing.assert_allclose(found.numpy(), x, rtol=1e-12, atol=1e-13)
 
 
-def test_bfloat16_and_gates_by_head_of_torch():
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("array_api_compat")
+def test_bfloat16_and_gates_by_head_of_torch(torch):
     q, k, v = (torch.from_numpy(x).to(torch.bfloat16) for x in draw(5, 6, 3, 2, lead=(2,)))
     y, lse = cuda.softmax_attention(q, k, v, return_lse=True)
     assert y.dtype == torch.bfloat16 and lse.dtype == torch.float32

@@ -132,9 +132,8 @@ def test_the_same_bits_in_every_order():
             np.testing.assert_array_equal(x, first)
 
 
-def test_arrays_of_torch():
+def test_arrays_of_torch(torch):
     """Torch in, torch out, half types too; gradients of broadcast axes are summed."""
-    torch = pytest.importorskip("torch")
     dy, q, k, v = arrays(4, 6, 3, 2, np.float32, lead=(2,))
     mask = csr_array(np.tri(4, 6, 2, dtype=bool))
     _, wanted = both(dy, q, k[:1], v, mask)
@@ -150,8 +149,7 @@ def test_arrays_of_torch():
             np.testing.assert_allclose(x.float().numpy(), want, rtol=tolerance, atol=tolerance)
 
 
-def test_errors_are_the_formulas():
-    torch = pytest.importorskip("torch")
+def test_errors_are_the_formulas(torch):
     dy, q, k, v = arrays(4, 6, 3, 2, np.float32)
     mask, wrong = csr_array(np.ones((4, 6), bool)), csr_array(np.ones((4, 5), bool))
     bad = [
