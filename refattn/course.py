@@ -4,7 +4,10 @@ Environment: REFATTN_FAST=1 asks for small sizes; REFATTN_FIGURES names the fold
 written to (build/figures beside the package's clone, if unset). Matplotlib is imported when used.
 """
 
+import contextlib
 import csv
+import ctypes
+import gc
 import os
 import textwrap
 import time
@@ -55,6 +58,152 @@ def measure(function, *, repeat=5, budget=1.0):
         function()
         times.append(time.perf_counter() - start)
     return Measurement(float(np.median(times)), min(times), max(0, peak))
+
+
+def resident(function):
+    """Bytes by which a call raises the process's memory at its peak, what it returns left out: for
+    compiled code, which NumPy's own count does not see. NaN where the system does not tell
+    (Linux does)."""
+    function()
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)  # else what is free in the heap is used, and not seen
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _status("VmRSS:")
+        result = function()
+        peak = _status("VmHWM:")
+    except OSError:
+        return float("nan")
+    kept = result if isinstance(result, tuple) else (result,)
+    return max(0, peak - before - sum(getattr(x, "nbytes", 0) for x in kept))
+
+
+def _status(key):
+    with open("/proc/self/status", encoding="ascii") as lines:
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What one attention takes for several numbers of tokens, measured and counted."""
+
+    label: str
+    n: np.ndarray
+    seconds: np.ndarray
+    peak: np.ndarray
+    flops: np.ndarray
+    workspace: np.ndarray
+
+    @property
+    def compiled(self):
+        return "Numba" in self.label
+
+    @property
+    def mechanism(self):
+        return self.label.replace(", Numba", "").replace(", NumPy", "")
+
+    def slope(self, what="seconds"):
+        """Fitted slope of "seconds" or "peak" against n on the four largest sizes."""
+        y = getattr(self, what)[-4:]
+        seen = y > (4e6 if what == "peak" and self.compiled else 0)  # two huge pages are noise
+        return slope(self.n[-4:], y) if np.all(seen) else float("nan")
+
+
+def growth(runs, sizes, *, d=64, budget=1.0, seed=0):
+    """Measure attentions on one head of random float32 input, N = n = m tokens of d columns.
+
+    Parameters
+    ----------
+    runs : {label: (run, cost)}
+        ``run(q, k, v)`` and ``cost(n) -> Cost``. Memory is NumPy's peak; for a label that holds
+        "Numba" that of the process.
+    sizes : list of int, or {label: list of int}
+    d : int
+    budget : float
+        Seconds for each measurement.
+
+    Returns
+    -------
+    list of Growth
+    """
+    rng, found = np.random.default_rng(seed), []
+    for label, (run, cost) in runs.items():
+        tokens = np.array(sizes[label] if isinstance(sizes, dict) else sizes)
+        rows = []
+        for n in tokens:
+            q, k, v = rng.standard_normal((3, n, d), dtype=np.float32)
+            call = lambda: run(q, k, v)  # noqa: B023, it is called before the next n
+            took, counted = measure(call, budget=budget), cost(int(n))
+            peak = resident(call) if "Numba" in label else took.peak
+            rows.append((took.seconds, peak, counted.flops, counted.workspace))
+        found.append(Growth(label, tokens, *np.array(rows, float).T))
+    return found
+
+
+def draw_growth(found, title):
+    """Time and memory against N, with their slopes; dotted what the cost says, time at NumPy's rate
+    at the largest size. A colour an attention; dashed and hollow where a label ends in ", Numba".
+    Returns the figure."""
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6))
+    looks = plt.rcParams["axes.prop_cycle"]()
+    look = {what: next(looks) for what in dict.fromkeys(one.mechanism for one in found)}
+    for one in found:
+        color, marker = (look[one.mechanism][name] for name in ("color", "marker"))
+        style = {"color": color, "marker": marker, "ls": "-"}
+        if one.compiled:
+            style |= {"ls": "--", "markerfacecolor": "white"}
+        counted = one.flops / one.flops[-1] * one.seconds[-1]
+        for ax, y, theory, what in (
+            (left, 1e3 * one.seconds, 1e3 * counted, "seconds"),
+            (right, one.peak / 1e6, one.workspace / 1e6, "peak"),
+        ):
+            p = one.slope(what)
+            label = one.label if np.isnan(p) else f"{one.label}: $N^{{{p:.2f}}}$"
+            ax.plot(one.n, np.where(y > 0, y, np.nan), label=label, **style)
+            theory = np.where(theory > 0, theory, np.nan)
+            if not one.compiled:  # the count is of the mathematics, and stands once
+                ax.plot(one.n, theory, color=color, lw=1.4, ls=":", marker="")
+    for ax, label in ((left, "time, ms"), (right, "memory beyond inputs and output, MB")):
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.plot([], [], color="0.3", lw=1.6, ls=":", marker="", label="counted")
+        ax.set(xlabel="tokens N", ylabel=label)
+        ax.legend(fontsize=9)
+    fig.suptitle(title, x=0.02, ha="left")
+    return fig
+
+
+def growth_columns(found):
+    """The columns of ``growth``'s numbers, for ``save_figure``."""
+    columns = {"attention": np.concatenate([[one.label] * len(one.n) for one in found])}
+    for name in ("n", "seconds", "peak", "flops", "workspace"):
+        columns[name] = np.concatenate([getattr(one, name) for one in found])
+    return columns
+
+
+def explore(draw, **sliders):
+    """A slider for each argument of ``draw``, where ipywidgets is installed and the notebook is
+    open; else nothing but words. The static figure stands beside it.
+
+    Parameters
+    ----------
+    draw : callable
+        Draws a figure from its keyword arguments and shows it.
+    **sliders : tuple of int, list or bool
+        A range, as ipywidgets' ``interact`` takes it.
+    """
+    if os.environ.get("REFATTN_STATIC") == "1" or FAST:
+        print("In an open notebook there are sliders here (pip install -e '.[widgets]').")
+        return
+    try:
+        from ipywidgets import interact
+    except ImportError:
+        print("For sliders here: pip install -e '.[widgets]', then restart the kernel.")
+        return
+    interact(draw, **sliders)
 
 
 def slope(x, y):

@@ -33,9 +33,9 @@ class NotebookError(Exception):
 
 
 def kernel_environment(figures):
-    """Full size, plots inside the notebook, no progress bars in the outputs."""
+    """Full size, plots inside the notebook, no progress bars or sliders in the outputs."""
     env = {k: v for k, v in os.environ.items() if k not in ("REFATTN_FAST", "MPLBACKEND")}
-    return env | {"REFATTN_FIGURES": str(figures), "TQDM_DISABLE": "1"}
+    return env | {"REFATTN_FIGURES": str(figures), "TQDM_DISABLE": "1", "REFATTN_STATIC": "1"}
 
 
 def read(path):

@@ -48,7 +48,7 @@ class Caller:
                 self.library.give(x) for x in named.values()
             ]  # its errors are not the kernel's
             try:
-                with _time_limit(self.time_limit):
+                with time_limit(self.time_limit):
                     y, grads = self._run(*given)
             except (Exception, SystemExit) as error:
                 return Answers({"y": error})
@@ -121,7 +121,7 @@ def _manners(arrays, given, kept):
 
 
 @contextlib.contextmanager
-def _time_limit(seconds):
+def time_limit(seconds):
     """TimeoutError after so many seconds, where a signal can be had."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield

@@ -1,0 +1,138 @@
+"""Exercises of notebook 2, local attention."""
+
+import functools
+
+import numpy as np
+
+import refattn
+from refattn import course, masks
+from refattn.exercises.base import Design, Function, Kernel, Refused
+
+HEADS = 12
+WINDOW = 5  # of exercise 2
+
+
+def _pairs(n, left, right):
+    return masks.local(n, (left, right)).nnz
+
+
+def _window(changed_left=0, changed_right=0, **options):
+    window = (WINDOW + changed_left, changed_right)
+    return lambda q, k, v: refattn.local_attention(q, k, v, window=window, **options)
+
+
+@functools.cache
+def _exact():
+    heads = refattn.datasets.load_heads()
+    arrays = (x.astype(np.float64) for x in (heads.q, heads.k, heads.v))
+    return heads, refattn.softmax_attention(*arrays)
+
+
+def flops_of(windows):
+    """FLOPs of one window a head on 512 tokens."""
+    return sum(refattn.local_attention_cost(512, 512, 32, 32, window=w).flops for w in windows)
+
+
+def mean_error(windows):
+    """Mean relative error over the heads."""
+    heads, exact = _exact()
+    pairs = zip(heads.kind, windows, strict=True)
+    ys = [refattn.local_attention(*heads.pick(kind), window=w) for kind, w in pairs]
+    return float(course.relative_error(np.array(ys), exact).mean())
+
+
+def _windows(choice):
+    kinds = _exact()[0].kind
+    if not isinstance(choice, dict) or set(choice) != set(kinds):
+        raise Refused(f"Give a dict with a window for each of: {', '.join(kinds)}.")
+    windows = [choice[kind] for kind in kinds]
+    if not all(isinstance(w, (int, np.integer)) and w >= 0 for w in windows):
+        raise Refused("Each window must be a whole number, 0 or more.")
+    return windows
+
+
+def _error_of_choice(choice):
+    windows = _windows(choice)
+    spent = flops_of(windows) / flops_of([32] * HEADS)
+    if spent > 1:
+        raise Refused(f"Over budget: these windows cost {spent:.2f} of what is allowed.")
+    return mean_error(windows)
+
+
+def reach(dilations, n=243, window=1):
+    """Of how many of n tokens the middle one can hear through these layers."""
+    heard = np.zeros(n, int)
+    heard[n // 2] = 1
+    for dilation in dilations:
+        heard = masks.local(n, window, dilation=dilation).T.astype(int) @ heard > 0
+    return int(heard.sum())
+
+
+def _reach_of_choice(dilations):
+    good = isinstance(dilations, (list, tuple)) and len(dilations) == 4
+    if not good or not all(isinstance(x, (int, np.integer)) and x >= 1 for x in dilations):
+        raise Refused("Give four whole numbers, each at least 1: one dilation a layer.")
+    return reach(dilations)
+
+
+EXERCISES = {
+    1: Function(
+        "pairs",
+        points=2,
+        truth=_pairs,
+        cases=[(10, 2, 3), (512, 16, 16), (1000, 0, 999), (7, 6, 0)],
+        hint="Start from n (left + right + 1); how many are cut off at each end?",
+        mistakes={
+            "These are the pairs with no ends: the first queries have no left neighbours, the last "
+            "no right ones.": lambda n, left, right: n * (left + right + 1),
+            "Each query counts itself as well: left + right + 1 keys, not left + right.": lambda n, left, right: (
+                n * (left + right) - left * (left + 1) // 2 - right * (right + 1) // 2
+            ),
+            "Each end cuts off a triangle with sides of `left` keys, left (left + 1) / 2 in all: "
+            "the first query misses `left`, the next one fewer.": lambda n, left, right: (
+                n * (left + right + 1) - left**2 - right**2
+            ),
+        },
+    ),
+    2: Kernel(
+        "causal_window",
+        points=3,
+        mechanism="local_attention",
+        options=dict(window=WINDOW, causal=True),
+        cases="square",
+        hint="For row i, which slice of k is seen? One row at a time is fine to start with.",
+        mistakes={
+            "It sees the keys after the query as well: a causal window ends at the query itself.": _window(
+                changed_right=WINDOW
+            ),
+        },
+        flops=lambda n, d: 2 * refattn.local_attention_cost(n, n, d, d, window=(WINDOW, 0)).flops,
+        memory=lambda n, d: 4 * n * n / 2,
+        advice="Right, but it computes scores that no query may see. Take only the keys in reach.",
+    ),
+    3: Design(
+        "a window for each head",
+        points=3,
+        hint="Where does a wider window help most for its price? Look at figure 02_error.",
+        score=_error_of_choice,
+        plain=lambda: mean_error([32] * HEADS),
+        best=lambda: mean_error([4, 8, 32, 32, 16, 32, 32, 64, 8, 32, 64, 64]),
+        unit="mean error",
+    ),
+    4: Design(
+        "dilations",
+        points=2,
+        hint="Let the second layer step over all that the first one has heard.",
+        score=_reach_of_choice,
+        plain=9,
+        best=81,
+        unit="tokens",
+        notes={
+            "With one dilation for all layers, the tokens in between are heard twice.": lambda x: (
+                len(set(x)) == 1
+            ),
+            "The order of layers does not matter, but a dilation that comes twice hears the same "
+            "tokens twice.": lambda x: len(set(x)) < 4,
+        },
+    ),
+}

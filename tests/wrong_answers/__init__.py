@@ -1,0 +1,1 @@
+"""Typical wrong answers to the exercises, {number: [(answer, words that the mark must say), ...]}."""
