@@ -1,7 +1,7 @@
 """The exercises of the notebooks: each checks an answer, says what is wrong with it, gives points.
 
-``check = checker("02_local")`` is what a notebook calls: ``check(1, my_answer)``. The exercises of a
-notebook stand in ``nNN_NAME.py`` as the dict ``EXERCISES``, number to exercise.
+``check = checker("02_local")`` is what a notebook calls: ``check(1, my_answer)``. The exercises of
+a notebook stand in ``nNN_NAME.py`` as the dict ``EXERCISES``, number to exercise.
 """
 
 import importlib

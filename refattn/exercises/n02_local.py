@@ -16,9 +16,20 @@ def _pairs(n, left, right):
     return masks.local(n, (left, right)).nnz
 
 
-def _window(changed_left=0, changed_right=0, **options):
-    window = (WINDOW + changed_left, changed_right)
-    return lambda q, k, v: refattn.local_attention(q, k, v, window=window, **options)
+def _endless(n, left, right):
+    return n * (left + right + 1)
+
+
+def _without_itself(n, left, right):
+    return n * (left + right) - left * (left + 1) // 2 - right * (right + 1) // 2
+
+
+def _squares_cut(n, left, right):
+    return n * (left + right + 1) - left**2 - right**2
+
+
+def _both_sides(q, k, v):
+    return refattn.local_attention(q, k, v, window=WINDOW)
 
 
 @functools.cache
@@ -84,14 +95,10 @@ EXERCISES = {
         hint="Start from n (left + right + 1); how many are cut off at each end?",
         mistakes={
             "These are the pairs with no ends: the first queries have no left neighbours, the last "
-            "no right ones.": lambda n, left, right: n * (left + right + 1),
-            "Each query counts itself as well: left + right + 1 keys, not left + right.": lambda n, left, right: (
-                n * (left + right) - left * (left + 1) // 2 - right * (right + 1) // 2
-            ),
+            "no right ones.": _endless,
+            "Each query counts itself as well: it has left + right + 1 keys.": _without_itself,
             "Each end cuts off a triangle with sides of `left` keys, left (left + 1) / 2 in all: "
-            "the first query misses `left`, the next one fewer.": lambda n, left, right: (
-                n * (left + right + 1) - left**2 - right**2
-            ),
+            "the first query misses `left`, the next one fewer.": _squares_cut,
         },
     ),
     2: Kernel(
@@ -102,9 +109,8 @@ EXERCISES = {
         cases="square",
         hint="For row i, which slice of k is seen? One row at a time is fine to start with.",
         mistakes={
-            "It sees the keys after the query as well: a causal window ends at the query itself.": _window(
-                changed_right=WINDOW
-            ),
+            "It sees the keys after the query as well: "
+            "a causal window ends at the query itself.": _both_sides,
         },
         flops=lambda n, d: 2 * refattn.local_attention_cost(n, n, d, d, window=(WINDOW, 0)).flops,
         memory=lambda n, d: 4 * n * n / 2,

@@ -1,1 +1,1 @@
-"""Typical wrong answers to the exercises, {number: [(answer, words that the mark must say), ...]}."""
+"""Typical wrong answers to the exercises: {number: [(answer, words that its mark must say)]}."""

@@ -37,7 +37,7 @@ WRONG = {
             lambda n, left, right: (
                 n * (left + right) - left * (left + 1) // 2 - right * (right + 1) // 2
             ),
-            "counts itself",
+            "counts itself as well",
         ),
         (
             lambda n, left, right: n * (left + right + 1) - left * left - right * right,
