@@ -1,8 +1,9 @@
 # Needs python3 (3.11 or newer) and make. Everything else goes into .venv.
 
 PYTHON ?= python3
-# More arguments for pytest or uv, as in: make test ARGS="-k linear"
+# More arguments for pytest, uv or the grader, as in: make test ARGS="-k linear"
 ARGS ?=
+DIR ?=
 
 PY = .venv/bin/python
 READY = .venv/.ready
@@ -17,7 +18,7 @@ PYTEST = $(SIZE) $(QUIET) $(PY) -m pytest -n 2 --dist worksteal --doctest-module
 STRIP = --keep-output --keep-count --keep-id \
 	--extra-keys "cell.metadata.execution metadata.language_info"
 
-.PHONY: help course test figures pages check bench lint format coverage mutants gpu gpu-check lock clean
+.PHONY: help course test grade figures pages check bench lint format coverage mutants gpu gpu-check lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -26,7 +27,11 @@ course: $(READY)  ## run every notebook and write pages, figures and a summary i
 	@$(PY) scripts/notebooks.py course
 
 test: $(READY)  ## run the tests, the doctests and the notebooks in a small size
-	@$(PYTEST) --nbmake --nbmake-timeout=120 tests refattn notebooks $(ARGS)
+	@$(PYTEST) --nbmake --nbmake-timeout=120 --ignore=notebooks/solutions \
+		tests refattn notebooks $(ARGS)
+
+grade: $(READY)  ## check the exercises in students' notebooks: make grade DIR=folder
+	@$(PY) scripts/grade.py "$(DIR)" $(ARGS)
 
 figures: $(READY)  ## run the notebooks in place and refresh their outputs and figures/
 	@$(PY) scripts/notebooks.py figures
