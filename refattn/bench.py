@@ -96,11 +96,9 @@ def growth(progress=True):
 
 
 MEMORY = """
-import resource, sys
+import sys
 import numpy as np, refattn
-def now(key):  # kilobytes
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key))
+from refattn.course import resident
 name, n, options = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
 def arrays(n):
     rng = np.random.default_rng(0)
@@ -108,18 +106,7 @@ def arrays(n):
 run = getattr(refattn, name)
 run(*arrays(64), backend="numba", **options)  # compiled, and threads there
 q, k, v = arrays(n)
-try:
-    with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")  # forget the peak so far
-    before = now("VmRSS:")
-    y = run(q, k, v, backend="numba", **options)
-    used = (now("VmHWM:") - before) * 1024 - y.nbytes
-except OSError:  # not Linux: beyond the peak so far
-    y = np.zeros_like(q) + 1; del y
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    y = run(q, k, v, backend="numba", **options)
-    used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-print(max(used, 0))
+print(int(resident(lambda: run(q, k, v, backend="numba", **options), warm=False)))
 """
 MEMORY_OF = {
     "softmax_attention": ("{}", (4096, 16384, 65536)),

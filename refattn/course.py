@@ -9,6 +9,7 @@ import csv
 import ctypes
 import gc
 import os
+import sys
 import textwrap
 import time
 import tracemalloc
@@ -60,28 +61,42 @@ def measure(function, *, repeat=5, budget=1.0):
     return Measurement(float(np.median(times)), min(times), max(0, peak))
 
 
-def resident(function):
+def resident(function, *, warm=True):
     """Bytes by which a call raises the process's memory at its peak, what it returns left out: for
-    compiled code, which NumPy's own count does not see. NaN where the system does not tell
-    (Linux does)."""
-    function()
+    compiled code, which NumPy's own count does not see.
+
+    Calls ``function()`` once more before, unless ``warm`` is False. Exact on Linux; elsewhere what
+    lies beyond the peak so far, and NaN where the system does not tell at all.
+    """
+    if warm:
+        function()
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)  # else what is free in the heap is used, and not seen
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = _status("VmRSS:")
-        result = function()
-        peak = _status("VmHWM:")
+        before, peak = _status("VmRSS:"), lambda: _status("VmHWM:")
     except OSError:
-        return float("nan")
+        before, peak = _highest(), _highest
+    result = function()
     kept = result if isinstance(result, tuple) else (result,)
-    return max(0, peak - before - sum(getattr(x, "nbytes", 0) for x in kept))
+    used = peak() - before - sum(getattr(x, "nbytes", 0) for x in kept)
+    return max(0, used) if used == used else used  # NaN stays NaN
 
 
 def _status(key):
     with open("/proc/self/status", encoding="ascii") as lines:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def _highest():
+    """The process's peak so far in bytes; NaN where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @dataclass(frozen=True)

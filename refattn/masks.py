@@ -80,7 +80,7 @@ def strided(n, stride, *, causal=False):
 
     Both of the Sparse Transformer's strided heads in one: i - j <= stride, or stride | i - j.
     ``causal`` is the paper's form; else both directions. Row count O(stride + n / stride), least
-    at stride = sqrt(n). Child et al. 2019, arXiv:1904.10509, section 4.2.
+    near stride = sqrt(n / 2). Child et al. 2019, arXiv:1904.10509, section 4.3.
 
     >>> strided(6, 2, causal=True).toarray().astype(int)[5]
     array([0, 1, 0, 1, 1, 1])
@@ -96,7 +96,7 @@ def fixed(n, block, *, summary=1, causal=False):
     """The query's own block, and the last ``summary`` positions of every block.
 
     Both of the Sparse Transformer's fixed heads in one; ``causal`` is the paper's form. Row count
-    O(block + summary n / block). Child et al. 2019, arXiv:1904.10509, section 4.2.
+    O(block + summary n / block). Child et al. 2019, arXiv:1904.10509, section 4.3.
 
     >>> fixed(6, 3, causal=True).toarray().astype(int)[4]
     array([0, 0, 1, 1, 1, 0])
@@ -190,14 +190,13 @@ def hierarchical(n, b, causal=False):
     n, _ = _sizes(n)
     b = min(checks.whole("b", b, least=2), n + 2)
     i = np.arange(n)
+    stop = i + 1 if checks.flag("causal", causal) else np.full(n, n)
     levels, size = [], 1
     while not levels or size < n:
         start = i // (size * b) * (size * b)
-        levels.append(_spans(start + size - 1, start + size * b, size, n))
+        levels.append(_spans(start + size - 1, np.minimum(start + size * b, stop), size, n))
         size *= b
-    mask = union(*levels)
-    here = checks.flag("causal", causal)
-    return intersection(mask, _lower(n)) if here else mask
+    return union(*levels)
 
 
 def longformer(n, window, tokens, *, dilation=1):
@@ -270,9 +269,6 @@ def reach(n, m, window, causal, dilation):
     """
     left, right = (min(side, n + m) for side in checks.window(window, causal))
     return left, right, min(checks.whole("dilation", dilation, least=1), n + m + 1)
-
-
-_lower = causal  # `causal` is also the name of an option
 
 
 def _sizes(n, m=None):

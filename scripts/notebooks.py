@@ -6,12 +6,14 @@ check    the same run, written nowhere: its outputs are compared with those in t
 """
 
 import argparse
+import asyncio
 import base64
 import io
 import os
 import re
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 
@@ -80,7 +82,7 @@ def execute(nb, path, env, bar):
         on_cell_executed=lambda **_: bar.update(),
     )
     try:
-        client.execute(env=env)
+        asyncio.run(client.async_execute(env=env))  # a loop of its own, closed at the end
     except (CellExecutionError, DeadKernelError) as error:
         raise NotebookError(failure(nb, path, at, error)) from error
     strip(nb)
@@ -95,16 +97,27 @@ def failure(nb, path, at, error):
     return f"{path.name}, cell {at + 1} of {len(nb.cells)} failed.\n\n{source}\n\n{trace}"
 
 
-def run_all(paths, figures):
-    """Yield (path, executed notebook) in order, with one progress bar over all code cells."""
+def run_all(paths, figures, jobs=1):
+    """Yield (path, executed notebook) in order, with one progress bar over all code cells; with
+    more than one job several run side by side, which times measured in them would show."""
     figures.mkdir(parents=True, exist_ok=True)
     notebooks = [(path, read(path)) for path in paths]
     total = sum(cell.cell_type == "code" for _, nb in notebooks for cell in nb.cells)
-    with tqdm(total=total, unit="cell") as bar:
-        for i, (path, nb) in enumerate(notebooks, start=1):
+    env = kernel_environment(figures)
+    if jobs > 1:
+        env |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    with tqdm(total=total, unit="cell") as bar, ThreadPoolExecutor(jobs) as pool:
+
+        def run(i, path, nb):
             bar.set_description(f"{path.stem} ({i} of {len(notebooks)})")
-            execute(nb, path, kernel_environment(figures), bar)
-            yield path, nb
+            execute(nb, path, env, bar)
+            return path, nb
+
+        runs = [pool.submit(run, i, *pair) for i, pair in enumerate(notebooks, start=1)]
+        try:
+            yield from (one.result() for one in runs)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 # Pages
@@ -217,7 +230,8 @@ def figures(root):
 def check(root):
     lines = []
     with tempfile.TemporaryDirectory() as scratch:
-        for path, nb in run_all(everything(root), Path(scratch)):
+        # Side by side: what is measured is not compared.
+        for path, nb in run_all(everything(root), Path(scratch), jobs=os.cpu_count() or 1):
             lines += compare(read(path), nb, path.relative_to(root).as_posix())
     if lines:
         raise NotebookError("\n".join(["Not what the notebooks show:", *lines]))

@@ -83,3 +83,56 @@ def test_summary_lays_every_example_beside_exact_attention(tmp_path):
     local = next(row for row in rows if row["mechanism"] == "local, 16 each side")
     assert float(local["error"]) == pytest.approx(wanted, rel=1e-4)
     assert int(local["FLOPs"]) == refattn.local_attention_cost(512, 512, 32, 32, window=16).flops
+
+
+def test_resident_sees_what_numpy_does_not(tmp_path):
+    held = course.resident(lambda: len(bytearray(b"x") * 30_000_000))
+    assert np.isnan(held) or 25e6 < held < 40e6
+    given_back = course.resident(lambda: np.ones(4_000_000))
+    assert np.isnan(given_back) or given_back < 4e6  # what is returned is not counted
+
+
+def test_growth_measures_and_counts():
+    cost = lambda n: refattn.softmax_attention_cost(n, n, 8, 8)
+    runs = {
+        "softmax, NumPy": (refattn.softmax_attention, cost),
+        "softmax, Numba": (
+            lambda q, k, v: refattn.softmax_attention(q, k, v, backend="numba"),
+            cost,
+        ),
+    }
+    slow, quick = course.growth(runs, [64, 128, 256], d=8, budget=0.05)
+    assert (slow.flops == [cost(n).flops for n in (64, 128, 256)]).all()
+    assert slow.slope("flops") == pytest.approx(2)
+    assert slow.mechanism == quick.mechanism and quick.compiled and not slow.compiled
+    assert np.isnan(quick.slope("peak"))  # a few pages: no slope is to be had of that
+    columns = course.growth_columns([slow, quick])
+    assert {len(column) for column in columns.values()} == {6}
+    assert list(columns["attention"][:3]) == ["softmax, NumPy"] * 3
+    figure = course.draw_growth([slow, quick], "a title")
+    assert [ax.get_xlabel() for ax in figure.axes] == ["tokens N", "tokens N"]
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert labels[-1] == "counted" and labels[0].startswith("softmax, NumPy: $N^{")
+
+
+def test_explore_draws_nothing_where_no_notebook_is_open(monkeypatch, capsys):
+    monkeypatch.setenv("REFATTN_STATIC", "1")
+    course.explore(lambda window: 1 / 0, window=(1, 9))
+    assert "sliders" in capsys.readouterr().out
+
+
+def test_explore_hands_its_ranges_to_the_sliders(monkeypatch):
+    import sys
+    import types
+
+    monkeypatch.delenv("REFATTN_STATIC", raising=False)
+    monkeypatch.setattr(course, "FAST", False)
+    asked = []
+    widgets = types.ModuleType("ipywidgets")
+    widgets.interact = lambda draw, **sliders: asked.append((draw, sliders))
+    monkeypatch.setitem(sys.modules, "ipywidgets", widgets)
+    course.explore(print, window=(1, 9))
+    assert asked == [(print, {"window": (1, 9)})]
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)  # not installed
+    course.explore(print, window=(1, 9))
+    assert len(asked) == 1

@@ -3,6 +3,7 @@ kinds of exercises themselves."""
 
 import importlib
 import json
+import pkgutil
 
 import nbformat
 import numpy as np
@@ -22,7 +23,8 @@ def wrong_answers(name):
 
 
 def cases():
-    for name in notebooks():
+    found = pkgutil.iter_modules([str(ROOT / "tests" / "wrong_answers")])
+    for name in sorted(module.name[1:] for module in found):
         for number, pairs in wrong_answers(name).items():
             for i, (answer, words) in enumerate(pairs):
                 yield pytest.param(name, number, answer, words, id=f"{name}-{number}-{i}")

@@ -1,6 +1,7 @@
 """Each mask against its definition pair by pair, and its row counts against closed forms."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -231,3 +232,26 @@ def test_large_masks_stay_sparse():
     mask = masks.hierarchical(n, 16)
     assert mask.nnz == n * (4 * 15 + 1)
     assert masks.longformer(n, 8, [0]).nnz < 20 * n
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n, causal: masks.local(n, 8, causal=causal),
+        lambda n, causal: masks.dilated(n, 8, 4, causal=causal),
+        lambda n, causal: masks.strided(n, 128, causal=causal),
+        lambda n, causal: masks.fixed(n, 128, causal=causal),
+        lambda n, causal: masks.hierarchical(n, 8, causal=causal),
+    ],
+    ids=["local", "dilated", "strided", "fixed", "hierarchical"],
+)
+def test_no_mask_takes_more_memory_than_its_pairs(make, causal):
+    n = 8192
+    tracemalloc.start()
+    mask = make(n, causal)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    two_way = make(n, False).nnz
+    assert peak < 100 * two_way + 64 * n  # some copies of 8-byte indices, no n x n array
+    assert mask.nnz <= two_way

@@ -19,6 +19,10 @@ class Refused(ValueError):
     """An answer of a form that has no score; the message says what was wanted."""
 
 
+class Unfilled(Exception):
+    """Raised by a score for a choice that is a function, and a hole still."""
+
+
 @dataclass(frozen=True)
 class Function:
     """A function, or with no cases a value, to be equal to ``truth`` on every case.
@@ -256,6 +260,8 @@ class Design:
         try:
             with time_limit(60.0):
                 score = self.score(copy.deepcopy(answer))
+        except Unfilled:
+            return Mark(self.title, self.points, words=(self.hint,), filled=False)
         except Refused as error:
             return Mark(self.title, self.points, words=(str(error), *self._notes(answer)))
         except (Exception, SystemExit) as error:
