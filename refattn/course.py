@@ -162,7 +162,7 @@ def draw_growth(found, title):
     Returns the figure."""
     import matplotlib.pyplot as plt
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6 if len(found) <= 4 else 5.6))
     looks = plt.rcParams["axes.prop_cycle"]()
     look = {what: next(looks) for what in dict.fromkeys(one.mechanism for one in found)}
     for one in found:
@@ -186,7 +186,10 @@ def draw_growth(found, title):
         ax.set_yscale("log")
         ax.plot([], [], color="0.3", lw=1.6, ls=":", marker="", label="counted")
         ax.set(xlabel="tokens N", ylabel=label)
-        ax.legend(fontsize=9)
+        if len(found) > 4:
+            ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+        else:
+            ax.legend(fontsize=9)
     fig.suptitle(title, x=0.02, ha="left")
     return fig
 
