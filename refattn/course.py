@@ -1,14 +1,13 @@
-"""What the notebooks share: sizes, measuring, figures, and the summary table.
+"""What the notebooks share: sizes, measuring, the summary table; figures are in
+``refattn.plots``.
 
 Environment: REFATTN_FAST=1 asks for small sizes; REFATTN_FIGURES names the folder that figures are
 written to (build/figures beside the package's clone, if unset). Matplotlib is imported when used.
 """
 
 import contextlib
-import csv
 import ctypes
 import gc
-import os
 import sys
 import textwrap
 import time
@@ -20,10 +19,37 @@ import numpy as np
 
 from refattn.datasets import load_heads
 from refattn.examples import examples
+from refattn.plots import (
+    FAST,
+    draw_growth,
+    explore,
+    figures_folder,
+    growth_columns,
+    save_figure,
+    use_style,
+    write_csv,
+)
 from refattn.softmax import softmax_attention
 
-FAST = os.environ.get("REFATTN_FAST") == "1"
-STYLE = Path(__file__).parent / "data" / "course.mplstyle"
+__all__ = [
+    "Growth",
+    "Measurement",
+    "by_mode",
+    "draw_growth",
+    "explore",
+    "figures_folder",
+    "growth",
+    "growth_columns",
+    "measure",
+    "relative_error",
+    "resident",
+    "save_figure",
+    "slope",
+    "summary",
+    "table",
+    "use_style",
+    "write_csv",
+]
 
 
 def by_mode(full, fast):
@@ -156,74 +182,6 @@ def growth(runs, sizes, *, d=64, budget=1.0, seed=0):
     return found
 
 
-def draw_growth(found, title):
-    """Time and memory against N, with their slopes; dotted what the cost says, time at NumPy's rate
-    at the largest size. A colour an attention; dashed and hollow where a label ends in ", Numba".
-    Returns the figure."""
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6 if len(found) <= 4 else 5.6))
-    looks = plt.rcParams["axes.prop_cycle"]()
-    look = {what: next(looks) for what in dict.fromkeys(one.mechanism for one in found)}
-    for one in found:
-        color, marker = (look[one.mechanism][name] for name in ("color", "marker"))
-        style = {"color": color, "marker": marker, "ls": "-"}
-        if one.compiled:
-            style |= {"ls": "--", "markerfacecolor": "white"}
-        counted = one.flops / one.flops[-1] * one.seconds[-1]
-        for ax, y, theory, what in (
-            (left, 1e3 * one.seconds, 1e3 * counted, "seconds"),
-            (right, one.peak / 1e6, one.workspace / 1e6, "peak"),
-        ):
-            p = one.slope(what)
-            label = one.label if np.isnan(p) else f"{one.label}: $N^{{{p:.2f}}}$"
-            ax.plot(one.n, np.where(y > 0, y, np.nan), label=label, **style)
-            theory = np.where(theory > 0, theory, np.nan)
-            if not one.compiled:  # the count is of the mathematics, and stands once
-                ax.plot(one.n, theory, color=color, lw=1.4, ls=":", marker="")
-    for ax, label in ((left, "time, ms"), (right, "memory beyond inputs and output, MB")):
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.plot([], [], color="0.3", lw=1.6, ls=":", marker="", label="counted")
-        ax.set(xlabel="tokens N", ylabel=label)
-        if len(found) > 4:
-            ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
-        else:
-            ax.legend(fontsize=9)
-    fig.suptitle(title, x=0.02, ha="left")
-    return fig
-
-
-def growth_columns(found):
-    """The columns of ``growth``'s numbers, for ``save_figure``."""
-    columns = {"attention": np.concatenate([[one.label] * len(one.n) for one in found])}
-    for name in ("n", "seconds", "peak", "flops", "workspace"):
-        columns[name] = np.concatenate([getattr(one, name) for one in found])
-    return columns
-
-
-def explore(draw, **sliders):
-    """A slider for each argument of ``draw``, where ipywidgets is installed and the notebook is
-    open; else nothing but words. The static figure stands beside it.
-
-    Parameters
-    ----------
-    draw : callable
-        Draws a figure from its keyword arguments and shows it.
-    **sliders : tuple of int, list or bool
-        A range, as ipywidgets' ``interact`` takes it.
-    """
-    if os.environ.get("REFATTN_STATIC") == "1" or FAST:
-        print("In an open notebook there are sliders here (pip install -e '.[widgets]').")
-        return
-    try:
-        from ipywidgets import interact
-    except ImportError:
-        print("For sliders here: pip install -e '.[widgets]', then restart the kernel.")
-        return
-    interact(draw, **sliders)
-
-
 def slope(x, y):
     """The p of a least-squares fit y = c x^p: the slope of log y over log x.
 
@@ -237,39 +195,6 @@ def relative_error(y, exact):
     """Size of the difference over the size of ``exact`` (Frobenius norms of the last two axes)."""
     size = np.sqrt((np.asarray(exact, float) ** 2).sum(axis=(-2, -1)))
     return np.sqrt(((np.asarray(y, float) - exact) ** 2).sum(axis=(-2, -1))) / size
-
-
-def use_style():
-    """The course's look for Matplotlib: told apart in greyscale, and the same file every run."""
-    import matplotlib.pyplot as plt
-
-    plt.style.use(STYLE)
-
-
-def figures_folder():
-    """Where figures are written."""
-    default = Path(__file__).parents[1] / "build" / "figures"
-    return Path(os.environ.get("REFATTN_FIGURES", default))
-
-
-def save_figure(figure, name, **columns):
-    """Write NAME.svg, and the numbers behind it as data/NAME.csv: one column a keyword.
-
-    Columns must be of one length; a single value fills its column.
-    """
-    folder = figures_folder()
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    values = np.broadcast_arrays(*(np.asarray(c) for c in columns.values()))
-    write_csv(folder / "data" / f"{name}.csv", list(columns), zip(*values, strict=True))
-
-
-def write_csv(path, header, rows):
-    """A CSV file with floats to six significant digits."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([_short(x) for x in row] for row in rows)
 
 
 def summary(csv=None, *, progress=False):
@@ -330,7 +255,3 @@ def _readable(x):
     if isinstance(x, str):
         return x
     return f"{x:,}" if isinstance(x, (int, np.integer)) else f"{x:.2g}" if x < 10 else f"{x:.1f}"
-
-
-def _short(x):
-    return f"{x:.6g}" if isinstance(x, (float, np.floating)) else x

@@ -7,7 +7,7 @@ import pytest
 
 import refattn
 from cases import MECHANISMS
-from refattn import course
+from refattn import course, plots
 from refattn.examples import examples
 
 
@@ -44,6 +44,24 @@ def test_figures_go_where_they_are_sent(tmp_path, monkeypatch):
     with open(tmp_path / "out" / "data" / "line.csv", newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [["n", "seconds", "what"], ["1", "0.123457", "both"], ["2", "2", "both"]]
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout")
+def test_a_text_that_is_cut_off_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("REFATTN_FIGURES", str(tmp_path))
+    from matplotlib.figure import Figure
+
+    def drawn(title):
+        figure = Figure(figsize=(4, 3))
+        figure.subplots().set_title(title)
+        return figure
+
+    monkeypatch.setenv("REFATTN_STATIC", "1")
+    course.save_figure(drawn("short"), "short", n=[1])
+    with pytest.raises(ValueError, match="long: cut off at the edge: long long"):
+        course.save_figure(drawn("long " * 40), "long", n=[1])
+    monkeypatch.delenv("REFATTN_STATIC")
+    course.save_figure(drawn("long " * 40), "long", n=[1])  # a student is not stopped
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 500])
@@ -126,7 +144,7 @@ def test_explore_hands_its_ranges_to_the_sliders(monkeypatch):
     import types
 
     monkeypatch.delenv("REFATTN_STATIC", raising=False)
-    monkeypatch.setattr(course, "FAST", False)
+    monkeypatch.setattr(plots, "FAST", False)
     asked = []
     widgets = types.ModuleType("ipywidgets")
     widgets.interact = lambda draw, **sliders: asked.append((draw, sliders))

@@ -6,7 +6,7 @@ from html import escape
 
 import numpy as np
 
-from refattn.course import STYLE
+from refattn.plots import STYLE
 from refattn.verify.findings.parts import Part
 from refattn.verify.report import HEADER
 
