@@ -75,7 +75,7 @@ gpu: $(READY)  ## judge the CUDA kernels and time them, where there is a GPU
 	@$(PY) -m benchmarks.gpu
 
 gpu-check: .venv/cuda-check/.ready  ## compile every CUDA kernel: registers, memory, spills
-	@.venv/cuda-check/bin/python scripts/cuda_compile.py $(ARGS)
+	@.venv/cuda-check/bin/python scripts/cuda_compile.py --out refattn/data/kernels.json $(ARGS)
 
 # An environment of its own: numba-cuda takes over numba.cuda where it is installed.
 .venv/cuda-check/.ready: $(READY)

@@ -1,11 +1,14 @@
-"""Queries, keys and values of a trained model, shipped with the package."""
+"""Shipped with the package: queries, keys and values of a trained model, and what the CUDA compiler
+said of each kernel."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-HEADS = Path(__file__).resolve().parent / "data" / "heads.npz"
+DATA = Path(__file__).resolve().parent / "data"
+HEADS, KERNELS = DATA / "heads.npz", DATA / "kernels.json"
 STATISTICS = ("mass_within_16", "entropy", "rank_99", "largest_column", "largest_logit")
 
 
@@ -76,3 +79,16 @@ def load_heads() -> Heads:
         statistics={name: arrays[name] for name in STATISTICS},
         tokens=tuple(arrays["tokens"].tolist()),
     )
+
+
+def load_kernels() -> list[dict]:
+    """What `make gpu-check` wrote of each CUDA kernel and card: label, card, registers, bytes of
+    shared memory, stack and spills, threads of a block, and whether the kernel is a tuned one.
+
+    Examples
+    --------
+    >>> kernels = load_kernels()
+    >>> {kernel["card"] for kernel in kernels} == {"sm_80", "sm_90"}
+    True
+    """
+    return json.loads(KERNELS.read_text(encoding="utf-8"))

@@ -1,6 +1,8 @@
 """Compile every CUDA kernel for real, where there is no GPU: registers, memory, spills, float64.
 
-    python scripts/cuda_compile.py [WORD]    # only kernels with WORD in their label
+    python scripts/cuda_compile.py [WORD] [--out FILE]
+
+Only kernels with WORD in their label; FILE gets the table as JSON.
 
 A module ``refattn/MECHANISM/cuda_*.py`` takes part by a function ``instances()``, which yields
 tuples (label, function, signature, tuned, threads): the Python function of a kernel for some sizes,
@@ -14,8 +16,10 @@ no spills, and must not have a number of float64 in it, which one careless const
 Needs the packages of the extra ``cuda-check``.
 """
 
+import argparse
 import functools
 import importlib
+import json
 import multiprocessing
 import pathlib
 import re
@@ -24,7 +28,7 @@ import sys
 import tempfile
 import types
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import refattn
 
@@ -137,27 +141,36 @@ def compiled_by_number(number, card):
     return compiled(numbered()[number], card)
 
 
-def main(word=""):
+def main(argv=None):
     """Print the table; the exit status is 1 where something does not fit."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("word", nargs="?", default="", help="only kernels with it in their label")
+    parser.add_argument("--out", type=pathlib.Path, help="where to write the table as JSON")
+    args = parser.parse_args(argv)
     if missing():
         sys.exit(missing())
-    chosen = [i for i, (label, *_) in enumerate(numbered()) if word in label]
+    chosen = [i for i, (label, *_) in enumerate(numbered()) if args.word in label]
     if not chosen:
-        sys.exit(f"no kernel has {word!r} in its label")
+        sys.exit(f"no kernel has {args.word!r} in its label")
     jobs = [(i, card) for i in chosen for card in CARDS]
     columns = "registers", "shared", "stack", "spills", "float64"
     width = 3 + max(len(numbered()[i][0]) for i in chosen)
     print(f"{'kernel':<{width}}{'card':>6}" + "".join(f"{name:>10}" for name in columns))
-    wrong = []
+    wrong, lines = [], []
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for found in pool.map(compiled_by_number, *zip(*jobs, strict=True)):
             numbers = "".join(f"{getattr(found, name):>10}" for name in columns)
             name = f"{found.label}{' *' * found.tuned}"
             print(f"{name:<{width}}{found.architecture:>6}{numbers}", flush=True)
             wrong += [f"{found.label}, {found.architecture}: {x}" for x in found.complaints()]
+            lines.append(json.dumps(asdict(found) | {"card": found.architecture}))
     print("* tuned: expected to have no stack, no spills and no float64", *wrong, sep="\n")
+    if args.out:
+        args.out.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
     return bool(wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

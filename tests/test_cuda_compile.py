@@ -1,11 +1,14 @@
 """The CUDA kernels through the real compiler and assembler, where these are installed."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import refattn
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "cuda_compile.py"
 
@@ -28,6 +31,20 @@ def test_every_kernel_compiles_and_fits():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" sm_80") == done.stdout.count(" sm_90") > 5
+
+
+def test_the_table_that_is_shipped_names_every_kernel():
+    """After a change of the kernels: make gpu-check."""
+    code = "import sys; sys.path.insert(0, 'scripts'); import cuda_compile as c; "
+    code += "print(*[label for label, *_ in c.numbered()], sep='\\n')"
+    env = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=SCRIPT.parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    shipped = [(kernel["label"], kernel["card"]) for kernel in refattn.datasets.load_kernels()]
+    labels = done.stdout.splitlines()
+    assert shipped == [(label, card) for label in labels for card in ("sm_80", "sm_90")]
 
 
 def of(**changes):

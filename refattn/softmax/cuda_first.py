@@ -7,8 +7,9 @@ step   what a thread owns                     what it buys
                                               reads every key and value from global memory: n m
                                               (d + e) numbers in all
 2      one query of a tile of ``ROWS``        keys and values come once for a whole tile, into
-                                              shared memory: ``ROWS`` times fewer numbers are read
-                                              from global memory
+                                              shared memory: ``ROWS`` times fewer reads of them. Its
+                                              own query a thread still reads for every key, from
+                                              the cache if all goes well
 3      4 x 4 pairs of a tile of 64 x 32, in   4 x 4 products for 4 + 4 numbers from shared memory,
        ``cuda_tiles``                         where step 2 loads a number for each product
 =====  =====================================  ==================================================
