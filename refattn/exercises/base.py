@@ -12,6 +12,7 @@ from refattn.exercises.mark import Mark
 from refattn.verify.call import time_limit
 from refattn.verify.check import check as hold
 from refattn.verify.compare import compare, error_of, numbers
+from refattn.verify.libraries import WrongKind
 from refattn.verify.report import Report
 
 
@@ -89,7 +90,7 @@ class Function:
         if not all(
             np.array_equal(a, b, equal_nan=_real(a)) for a, b in zip(case, kept, strict=True)
         ):
-            return Refused("wrote to its inputs: work on a copy")
+            return WrongKind("wrote to its inputs: work on a copy")
         return given
 
     def _parted(self, given):
@@ -97,7 +98,7 @@ class Function:
             return given if isinstance(given, BaseException) else {"": given}
         if not isinstance(given, tuple) or len(given) != len(self.parts):
             came = f"{len(given)} of them" if isinstance(given, tuple) else type(given).__name__
-            return Refused(f"expected ({', '.join(self.parts)}), got {came}")
+            return WrongKind(f"expected ({', '.join(self.parts)}), got {came}")
         return dict(zip(self.parts, given, strict=True))
 
     def _slack(self, wanted):

@@ -64,6 +64,11 @@ def _overflowing(y1, lse1, y2, lse2):
     return y, np.log(w1 + w2)
 
 
+def _infinite(y1, lse1, y2, lse2):
+    lse = np.log(np.exp(lse1) + np.exp(lse2))
+    return _weighted(y1, np.exp(lse1 - lse), y2, np.exp(lse2 - lse)), lse
+
+
 # 2: the exact fusion, one block of keys after the other
 
 
@@ -121,6 +126,16 @@ def _r_outside(n, r):
 
 def _own_block_twice(n, r):
     return (r * n) ** 0.5, 2 * (r * n) ** 0.5
+
+
+def _one_summary(n, r):
+    b = _best(n, r)[0]
+    return b, b + n / b - 1
+
+
+def _all_queries(n, r):
+    b, keys = _best(n, r)
+    return b, n * keys
 
 
 # 4: a block for each head
@@ -195,6 +210,8 @@ EXERCISES = {
             "The weights must add up to one: divide by the sum over both parts.": _undivided,
             "Right on small scores, but exp(1000) overflows. Only differences of log-sum-exps may "
             "go into exp: subtract the larger one first.": _overflowing,
+            "Right on small scores, but exp(1000) is infinite, and so is the lse from it. Take the "
+            "larger one out of the logarithm: it comes back as a sum.": _infinite,
         },
     ),
     2: Kernel(
@@ -231,6 +248,8 @@ EXERCISES = {
             "there should be fewer.": _blind_to_r,
             "The derivative is 1 - r N / b^2: r stands below the root.": _r_outside,
             "A query does not meet the summaries of its own block.": _own_block_twice,
+            "b is right. But a query meets r summaries of each other block, not one.": _one_summary,
+            "b is right. Asked are the keys that one query meets, not all n.": _all_queries,
         },
     ),
     4: Design(

@@ -71,6 +71,18 @@ def _smallest(scores, k):
     return _top_k(-scores, k)
 
 
+def _scores_kept(scores, k):
+    return _top_k(scores, k) * scores
+
+
+def _above(scores, k):
+    return (scores > np.sort(scores)[len(scores) - k]).astype(float)
+
+
+def _one_more(scores, k):
+    return _top_k(scores, min(k + 1, len(scores)))
+
+
 def _score_cases():
     rng = np.random.default_rng(0)
     return [
@@ -79,6 +91,7 @@ def _score_cases():
         (np.zeros(7), 3),
         (-np.arange(5.0), 5),
         (rng.integers(0, 9, 50) / 4.0 - 1, 20),
+        (rng.integers(0, 4, 3000) / 4.0, 1000),  # ties that an unstable sort mixes up
     ]
 
 
@@ -103,6 +116,10 @@ def _tokens(q, k, v):
 
 def _closed_for_open(q, k, v):
     return refattn.gated_attention(q, k, v, gate=1 - first_column(q, k, v))
+
+
+def _keys_closed(q, k, v):
+    return refattn.softmax_attention(q, k, v, mask=k[:, 0] >= 1)
 
 
 def _weighted(q, k, v):
@@ -206,6 +223,10 @@ EXERCISES = {
             "It opens every row that is as large as the k-th: with ties that is more than "
             "k.": _all_ties,
             "It opens the smallest scores.": _smallest,
+            "It returns the scores of the open rows. The gate is 1 there.": _scores_kept,
+            "It opens only what is larger than the k-th score, and the k-th is to be open "
+            "too.": _above,
+            "It opens one row more than k.": _one_more,
         },
     ),
     3: Kernel(
@@ -219,6 +240,8 @@ EXERCISES = {
             "Its closed rows are no keys either. A gate on queries leaves all keys where they "
             "are.": _tokens,
             "It opens the rows that are to be closed.": _closed_for_open,
+            "It closes keys here, for all queries. The gate is on queries: it closes rows of the "
+            "answer.": _keys_closed,
             "It multiplies by the score. The gate is 1 where the score is at least 1, not the "
             "score itself.": _weighted,
         },

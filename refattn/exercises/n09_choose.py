@@ -8,6 +8,7 @@ import refattn
 from refattn import masks
 from refattn.encoder import load_encoder
 from refattn.exercises.base import Design, Function, Refused
+from refattn.exercises.mark import Mark
 
 # Written for this course: each a little longer than the encoder's 512 tokens.
 TEXTS = {
@@ -110,6 +111,20 @@ def _encoder():
     ids = {"Alice": np.array([encoder.tokenizer.token_to_id(t) for t in heads.tokens])}
     ids |= {name: encoder.tokenize(TEXTS[name]) for name in ("tides", "bees")}
     return encoder, ids, {name: encoder.embed(x) for name, x in ids.items()}
+
+
+class OnEncoder(Function):
+    """A function that is judged on the encoder; where that is missing, the mark says so."""
+
+    def check(self, answer):
+        try:
+            _encoder()
+        except Refused as error:
+            given = [self._given(answer, case) for case in self.cases]
+            hole = all(x is None or x is ... for x in given)
+            words = self.hint if hole else str(error)
+            return Mark(self.title, self.points, words=(words,), filled=not hole)
+        return super().check(answer)
 
 
 def _similarity(name, attentions):
@@ -215,7 +230,7 @@ def _score(choice):
 
 @functools.cache
 def _plain():
-    return similarity([("window and first token", 8)] * LAYERS)
+    return similarity([(KEPT, 8)] * LAYERS)
 
 
 @functools.cache
@@ -223,26 +238,16 @@ def _best():
     return similarity(BEST)
 
 
-BEST = [
-    ("window", 8),
-    ("window and first token", 8),
-    ("window and first token", 8),
-    ("window and first token", 16),
-    ("window and first token", 32),
-    ("window", 16),
-]
-
-
-def _names(choice):
-    return {name for name, _ in choice}
+KEPT = "window and first token"
+BEST = [("window", 8), (KEPT, 8), (KEPT, 8), (KEPT, 16), (KEPT, 32), ("window", 16)]
 
 
 def _only_linear(choice):
-    return "linear" in _names(choice)
+    return "linear" in dict(choice)
 
 
 def _never_first(choice):
-    return not {"window and first token", "softmax"} & _names(choice)
+    return not {KEPT, "softmax"} & set(dict(choice))
 
 
 def _all_alike(choice):
@@ -318,7 +323,7 @@ EXERCISES = {
             "the limit.": _reversed,
         },
     ),
-    3: Function(
+    3: OnEncoder(
         "loss_of_layer",
         points=3,
         truth=_layer_loss,

@@ -36,10 +36,18 @@ def _unit_values(own_error, eps, s, v):
     return 2 * own_error + 4 * eps * (1 + abs(s).max())
 
 
+def _once(own_error, eps, s, v):
+    return _budget(own_error, eps, s, v) - own_error
+
+
+def _without_one(own_error, eps, s, v):
+    return 2 * own_error + 4 * eps * abs(s).max() * abs(v).max()
+
+
 def _settings():
     rng = np.random.default_rng(0)
-    for size, shift in ((1.0, 0.0), (40.0, -60.0)):
-        s, v = size * rng.standard_normal((5, 7)) + shift, rng.standard_normal((7, 3)) - 2
+    for size, shift, mean in ((1.0, 0.0, -2), (40.0, -60.0, -2), (40.0, 60.0, 2)):
+        s, v = size * rng.standard_normal((5, 7)) + shift, rng.standard_normal((7, 3)) + mean
         yield 3e-7 * size, 2.0**-23, s, v
 
 
@@ -115,6 +123,10 @@ EXERCISES = {
             "large one.": _signed,
             "An error of the weights moves y by as much as the values are large: max|v| is "
             "missing.": _unit_values,
+            "The formula's own error counts twice: a kernel may be less lucky than the "
+            "formula.": _once,
+            "The 1 before max|s| is missing: y itself is rounded, however small the scores "
+            "are.": _without_one,
         },
     ),
     2: Kernel(

