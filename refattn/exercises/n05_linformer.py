@@ -81,6 +81,28 @@ def _pool_sums(r, m, length):
     return (_pool(r, m, length) > 0).astype(float)
 
 
+def _pool_renormalised(r, m, length):
+    """Segments of all m places less the padding; rows that are not empty sum to 1."""
+    E = _pool_hidden(r, m, length)
+    total = E.sum(axis=1, keepdims=True)
+    return E / np.where(total > 0, total, 1)
+
+
+def _pool_by_token(r, m, length):
+    """Token j in segment j r // length: segments of the right number, cut elsewhere."""
+    E = np.zeros((r, m))
+    E[np.arange(length) * r // length, np.arange(length)] = 1
+    return E / E.sum(axis=1, keepdims=True)
+
+
+def _pool_split(r, m, length):
+    """Cut as np.array_split cuts, the longer segments first."""
+    E = np.zeros((r, m))
+    for row, part in zip(E, np.array_split(np.arange(length), r), strict=True):
+        row[part] = 1 / len(part)
+    return E
+
+
 def _last(E):
     """The last key in each mixture, (r,)."""
     m = E.shape[1]
@@ -99,9 +121,19 @@ def _legal_from_first(E):
     return (E != 0).argmax(axis=1) <= np.arange(E.shape[1])[:, None]
 
 
+def _legal_positive(E):
+    return _legal(np.where(E > 0, E, 0))
+
+
+def _legal_by_sum(E):
+    """Judged by whether the weights after the query sum to zero."""
+    later = E.sum(axis=1)[:, None] - E.cumsum(axis=1)  # (r, m)
+    return (abs(later) < 1e-12).T
+
+
 def _projections():
     gaps = np.zeros((3, 9))
-    gaps[0, [0, 4]], gaps[1, [1, 2]], gaps[2, 8] = 0.5, (1.5, -0.5), 1.0
+    gaps[0, [0, 4]], gaps[1, [1, 2]], gaps[2, 8] = 0.5, (1.5, -1.5), 1.0
     return [(projections.mean_pool(4, 12),), (projections.gaussian(3, 8, rng=0),), (gaps,)]
 
 
@@ -115,7 +147,8 @@ def _exact():
 def mean_error(E):
     """Mean relative error over the heads of one E for all of them, for keys and values."""
     q, k, v, exact = _exact()
-    return float(course.relative_error(linformer_attention(q, k, v, E=E), exact).mean())
+    with np.errstate(all="ignore"):
+        return float(course.relative_error(linformer_attention(q, k, v, E=E), exact).mean())
 
 
 def _error_of_design(E):
@@ -125,17 +158,26 @@ def _error_of_design(E):
     if shape[0] > BUDGET:
         raise Refused(f"Over budget: {shape[0]} rows, {BUDGET} are allowed.")
     E = np.asarray(E)
-    if E.dtype.kind != "f" or not np.isfinite(E).all():
-        raise Refused("The entries of E must be finite floating-point numbers.")
+    if E.dtype.kind not in "fiu" or not np.isfinite(E).all():
+        raise Refused("The entries of E must be finite real numbers.")
     return mean_error(E.astype(np.float64))
 
 
+def _fits(E):
+    """Whether it has the form of a design; the notes speak of no other."""
+    return np.ndim(E) == 2 and np.shape(E)[1] == TOKENS and np.isfinite(E).all()
+
+
+def _rows_left(E):
+    return _fits(E) and len(E) < BUDGET
+
+
 def _has_single(E):
-    return np.any((E != 0).sum(axis=1) == 1)
+    return _fits(E) and np.any((np.asarray(E) != 0).sum(axis=1) == 1)
 
 
 def _far_from_one(E):
-    return np.any(abs(E.sum(axis=1) - 1) > 1)
+    return _fits(E) and np.any(abs(np.sum(E, axis=1) - 1) > 1)
 
 
 EXERCISES = {
@@ -169,7 +211,7 @@ EXERCISES = {
             "sums.": _summed_values,
         },
         flops=lambda n, d: 1.05 * linformer_flops(n, ROWS, d),
-        memory=lambda n, d: 4 * n * n / 2,
+        memory=lambda n, d: 4 * n * n * 0.95,  # room for float64 inside, none for N x N
         at=(TOKENS, 32),
         advice="Right, but it still makes N x N scores: Q (E K)ᵀ and (Q Kᵀ) Eᵀ are equal, and only "
         "one of them is cheap.",
@@ -179,7 +221,7 @@ EXERCISES = {
         points=2,
         truth=_pool,
         cases=[(4, 8, 8), (4, 12, 8), (3, 10, 7), (32, 512, 300)],
-        tolerance=1e-12,
+        tolerance=1e-6,
         hint="What would E be if the text ended at `length`? Then add columns of zeros.",
         mistakes={
             "Setting the padding's columns to zero is not enough: rows no longer sum to 1, and "
@@ -188,6 +230,12 @@ EXERCISES = {
             "`length`.": _pool_all,
             "Rows must sum to 1: a sum of keys has scores many times as large as those of their "
             "mean.": _pool_sums,
+            "Rows of padding alone are empty now: a key of zeros still takes weight. Cut the text "
+            "into r segments, not the m places.": _pool_renormalised,
+            "The segments are right in number but not cut as mean_pool cuts: segment t begins at "
+            "token t * length // r.": _pool_by_token,
+            "np.array_split makes the first segments the longer ones; mean_pool begins segment t "
+            "at token t * length // r.": _pool_split,
         },
     ),
     4: Function(
@@ -201,6 +249,9 @@ EXERCISES = {
             "too. What counts is the last.": _legal_from_first,
             "A query may read its own key: the last key of the mixture may be the query's "
             "own.": _legal_strictly,
+            "A negative weight lets a key in as much as a positive one.": _legal_positive,
+            "Weights that cancel in a sum still let their keys in: look at each "
+            "weight.": _legal_by_sum,
         },
     ),
     5: Design(
@@ -213,15 +264,11 @@ EXERCISES = {
         enough=0.85,
         unit="mean error",
         notes={
-            "There are rows left: the budget is 16.": lambda E: len(E) < BUDGET,
+            "There are rows left: the budget is 16.": _rows_left,
             "A mixture of one key gets as much weight in the softmax as a mixture of many: giving "
-            "a token a row of its own makes it count for more than it is.": lambda E: np.any(
-                (E != 0).sum(axis=1) == 1
-            ),
+            "a token a row of its own makes it count for more than it is.": _has_single,
             "Rows far from sum 1 make keys of another size than those that the head was trained "
-            "on: the softmax gets too sharp, or the values too large.": lambda E: np.any(
-                abs(E.sum(axis=1) - 1) > 1
-            ),
+            "on: the softmax gets too sharp, or the values too large.": _far_from_one,
         },
     ),
 }

@@ -51,6 +51,35 @@ def pool_by_segment(r, m, length, visible=False, total=False):
     return E
 
 
+def pool_split(r, m, length):
+    E = np.zeros((r, m))
+    for t, part in enumerate(np.array_split(np.arange(length), r)):
+        E[t, part] = 1 / len(part)
+    return E
+
+
+def pool_by_token(r, m, length):
+    E = np.zeros((r, m))
+    for j in range(length):
+        E[j * r // length, j] = 1
+    return E / E.sum(axis=1, keepdims=True)
+
+
+def pool_and_divide(r, m, length):
+    E = pool_by_segment(r, m, length, visible=True)
+    return E / np.maximum(E.sum(axis=1, keepdims=True), 1e-30)
+
+
+def legal_if(future):
+    """Query i may read row t if future(the row's weights after i)."""
+
+    def legal(E):
+        m = E.shape[1]
+        return np.array([[future(row[i + 1 :]) for row in E] for i in range(m)])
+
+    return legal
+
+
 def legal_by(last, strict=False):
     def legal(E):
         m = E.shape[1]
@@ -93,11 +122,16 @@ WRONG = {
             "Rows must sum to 1",
         ),
         (lambda r, m, length: pool_by_segment(r, m, length)[:, :length], "shape"),
+        (pool_split, "makes the first segments the longer"),
+        (pool_by_token, "not cut as mean_pool cuts"),
+        (pool_and_divide, "Rows of padding alone are empty"),
     ],
     4: [
         (legal_by(last=False), "What counts is the last"),
         (legal_by(last=True, strict=True), "A query may read its own key"),
         (lambda E: legal_by(last=True)(E).T, "shape"),
+        (legal_if(lambda later: not (later > 0).any()), "A negative weight"),
+        (legal_if(lambda later: abs(later.sum()) < 1e-9), "cancel in a sum"),
     ],
     5: [
         (segments(16, 512), "down the gradient"),
@@ -106,5 +140,7 @@ WRONG = {
         (own_row_for_the_first(), "row of its own"),
         (rng.standard_normal((16, 512)) / 4, "Rows far from sum 1"),
         (segments(16, 256), "mixtures of 512 tokens"),
+        ((segments(16, 512), segments(16, 512)), "Give an array"),
+        (np.full((16, 512), 1e200), "Rows far from sum 1"),
     ],
 }

@@ -61,6 +61,8 @@ WRONG = {
             ),
             "divided by the kernel",
         ),
+        (lambda x, y, e: np.ceil(np.expm1((x + y) @ (x + y) / 2) / e**2), "exponent of a mean"),
+        (lambda x, y, e: np.expm1((x + y) @ (x + y)) // e**2, "one too few"),
         (lambda x, y, e: 1 / e**2, "Hint"),
     ],
     2: [
