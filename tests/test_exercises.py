@@ -151,7 +151,9 @@ def test_a_function_right_wrong_and_raising():
 def test_a_function_of_several_parts():
     both = Function("both", 1, lambda n: (n, [n, n]), "", cases=[(1.0,)], parts=("a", "b"))
     assert both.check(lambda n: (n, np.array([n, n]))).passed
+    assert both.check(lambda n: [n, [n, n]]).passed
     assert "expected (a, b), got float" in str(both.check(lambda n: n))
+    assert "raised" not in str(both.check(lambda n: n))
     assert "expected (a, b), got 3 of them" in str(both.check(lambda n: (n, n, n)))
     assert "1.0, b" in str(both.check(lambda n: (n, [n, 0])))
 

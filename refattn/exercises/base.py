@@ -94,10 +94,12 @@ class Function:
         return given
 
     def _parted(self, given):
+        """{part: value}, or the exception in its place; a list or an array of parts will do."""
         if isinstance(given, BaseException) or not self.parts:
             return given if isinstance(given, BaseException) else {"": given}
-        if not isinstance(given, tuple) or len(given) != len(self.parts):
-            came = f"{len(given)} of them" if isinstance(given, tuple) else type(given).__name__
+        several = isinstance(given, (tuple, list)) or np.ndim(given) > 0
+        if not several or len(given) != len(self.parts):
+            came = f"{len(given)} of them" if several else type(given).__name__
             return WrongKind(f"expected ({', '.join(self.parts)}), got {came}")
         return dict(zip(self.parts, given, strict=True))
 

@@ -79,6 +79,10 @@ def _pairs_without_diagonal(n, l, c):
     return n * (l - 1) // 2 + _earlier_summaries(n, l, c)
 
 
+def _pairs_with_later_blocks(n, l, c):
+    return n * (l + 1) // 2 + 2 * _earlier_summaries(n, l, c)
+
+
 def _masked(mask, bias=None):
     """Attention over a mask of as many tokens as came."""
 
@@ -95,6 +99,10 @@ def _own(n):
 
 def _fixed(n):
     return masks.fixed(n, BLOCK)
+
+
+def _fixed_causal(n):
+    return masks.fixed(n, BLOCK, causal=True)
 
 
 def _ends(n):
@@ -228,6 +236,8 @@ EXERCISES = {
             "This counts the mask of both directions; the paper's is causal, so a summary is read "
             "by later blocks only.": _pairs_both_ways,
             "Each block has c summaries, not one.": _pairs_of_one_summary,
+            "A summary is read by later blocks only; this lets every other block read "
+            "it.": _pairs_with_later_blocks,
             "The query sees itself: the triangle of a block includes its "
             "diagonal.": _pairs_without_diagonal,
         },
@@ -249,6 +259,8 @@ EXERCISES = {
             "sum over both parts make it one softmax.": _sum_of_two,
             "The summary of a block is its last key, the one that has read the whole block where "
             "the mask is causal; this takes the first.": _masked(_first_keys),
+            "That is the causal mask. Here queries see keys on both sides: their whole block, and "
+            "the summaries of later blocks as well.": _masked(_fixed_causal),
             "Queries see their own block only: the summaries of the other blocks are "
             "missing.": _masked(_own),
             "Queries see the summaries only: their own block is missing.": _summaries,

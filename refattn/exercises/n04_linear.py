@@ -6,7 +6,7 @@ import numpy as np
 
 import refattn
 from refattn import course
-from refattn.exercises.base import Design, Function, Kernel, Refused
+from refattn.exercises.base import Design, Function, Kernel, Refused, Unfilled
 from refattn.linear import FEATURE_MAPS, FeatureMap
 
 WIDTH = 64  # features that exercise 5 allows
@@ -42,6 +42,15 @@ def _brackets_of_equal_widths(n, r, e):
     return *_brackets(n, r, e)[:2], float(r)
 
 
+def _brackets_without_division(n, r, e):
+    left, right, crossing = _brackets(n, r, e)
+    return left - n * e, right - n * e, crossing
+
+
+def _brackets_that_cross_as_products(n, r, e):
+    return *_brackets(n, r, e)[:2], _brackets_of_products_alone(n, r, e)[2]
+
+
 @functools.cache
 def _tokens():
     """States after some tokens, and the token that comes next."""
@@ -73,6 +82,11 @@ def _step_with_a_bare_query(S, z, q, k, v):
     return q @ S / (q @ z), S, z
 
 
+def _step_without_one(S, z, q, k, v):
+    S, z = S + (elu(k) - 1)[:, None] * v, z + elu(k) - 1
+    return (elu(q) - 1) @ S / ((elu(q) - 1) @ z), S, z
+
+
 def _step_of_bare_keys(S, z, q, k, v):
     S, z = S + k[:, None] * v, z + k
     return elu(q) @ S / (elu(q) @ z), S, z
@@ -90,6 +104,15 @@ def _wrong_axes(over_q, over_k, divided=True):
     return kernel
 
 
+def _scaled(q, k, v):
+    root = q.shape[1] ** 0.5
+    return refattn.linear_attention(q / root, k / root, v, feature_map="softmax")
+
+
+def _of_elu(q, k, v):
+    return refattn.linear_attention(q, k, v)
+
+
 def _softmax(x, axis):
     a = np.exp(x - x.max(axis=axis, keepdims=True))
     return a / a.sum(axis=axis, keepdims=True)
@@ -103,7 +126,7 @@ def _reads_before_it_writes(q, k, v):
 
 
 def _most_flops(n, d):
-    return 4 * refattn.linear_attention_cost(n, n, d, d).flops
+    return 6 * refattn.linear_attention_cost(n, n, d, d).flops  # chunks of 128 have room
 
 
 @functools.cache
@@ -122,7 +145,9 @@ def mean_error(phi_q, phi_k):
 
 
 def _pair(choice):
-    pair = choice if isinstance(choice, tuple) else (choice, choice)
+    if isinstance(choice, FeatureMap):
+        return choice.query, choice.key
+    pair = choice if isinstance(choice, (tuple, list)) else (choice, choice)
     if len(pair) != 2 or not all(map(callable, pair)):
         raise Refused("Give a function x (..., n, 32) -> (..., n, r), or a pair: (phi_q, phi_k).")
     return pair
@@ -133,7 +158,10 @@ def _score_of_map(choice):
     q, k = _exact()[:2]
     widths = []
     for phi, x in zip(pair, (q, k), strict=True):
-        features = np.asarray(phi(x.copy()))
+        features = phi(x.copy())
+        if features is None:
+            raise Unfilled
+        features = np.asarray(features)
         if features.shape[:-1] != x.shape[:-1]:
             raise Refused(f"From {x.shape} the map makes {features.shape}: keep all but the last.")
         if not np.all(np.isfinite(features)):
@@ -141,8 +169,8 @@ def _score_of_map(choice):
         alone = np.asarray(phi(x[:, 7:8].copy()))
         if not np.allclose(alone, features[:, 7:8], rtol=1e-6, atol=1e-9 * abs(features).max()):
             raise Refused(
-                "The features of a row change when other rows are left out: no state could be "
-                "carried from token to token. Let each row stand alone."
+                "The features of a row change when other rows are left out, or from call to call: "
+                "no state could be carried from token to token. Let each row stand alone."
             )
         widths.append(features.shape[-1])
     if widths[0] != widths[1]:
@@ -165,6 +193,7 @@ def _powers(x):
     return _halves(x / np.linalg.norm(x, axis=-1, keepdims=True)) ** 2.5
 
 
+@np.errstate(all="ignore")
 def _may_be_negative(choice):
     q, k = _exact()[:2]
     phi_q, phi_k = _pair(choice)
@@ -176,6 +205,7 @@ def _has_32(choice):
     return _pair(choice)[0](_exact()[0][:, :1]).shape[-1] <= 32
 
 
+@np.errstate(all="ignore")
 def _is_flat(choice):
     """Whether the largest weight of a row is on average below four times an equal share."""
     q, k = _exact()[:2]
@@ -210,6 +240,10 @@ EXERCISES = {
             "N = r is near where they cross when r = e; set left = right and solve for N.": (
                 _brackets_of_equal_widths
             ),
+            "The products alone cross there. Set the whole of left equal to the whole of right.": (
+                _brackets_that_cross_as_products
+            ),
+            "The division is missing: n e FLOPs on either side.": _brackets_without_division,
         },
     ),
     2: Kernel(
@@ -220,7 +254,7 @@ EXERCISES = {
         hint="First the features: one softmax along each axis. Then which product is small?",
         mistakes={
             "Both softmaxes run over features: the keys' runs over positions (axis 0), so that "
-            "each feature is a weighted mean of keys.": _wrong_axes(1, 1),
+            "each row of S is a weighted mean of values.": _wrong_axes(1, 1),
             "Both softmaxes run over features, and then the rows of weights do not sum to one: "
             "the keys' runs over positions (axis 0).": _wrong_axes(1, 1, divided=False),
             "Both softmaxes run over positions: the queries' runs over features (axis 1), so "
@@ -228,6 +262,9 @@ EXERCISES = {
             "The two axes are exchanged: queries over features, keys over positions.": (
                 _wrong_axes(0, 1)
             ),
+            "The scores of softmax attention are divided by sqrt(d); here there are no scores, and "
+            "q and k go into the maps as they are.": _scaled,
+            "The features are elu + 1; here they are two softmaxes.": _of_elu,
         },
         flops=lambda n, d: 2 * refattn.linear_attention_cost(n, n, d, d).flops,
         advice="Right, but an n x n array has been made on the way. Put the brackets elsewhere.",
@@ -249,6 +286,7 @@ EXERCISES = {
                 _step_with_a_bare_query
             ),
             "S and z gather bare keys: they are sums over phi(k).": _step_of_bare_keys,
+            "The features are elu without the + 1, and may be negative.": _step_without_one,
         },
     ),
     4: Kernel(
@@ -257,7 +295,8 @@ EXERCISES = {
         mechanism="linear_attention",
         options=dict(causal=True),
         cases="square",
-        hint="A loop with a state will do. Chunks of some tokens do the same in fewer lines run.",
+        hint="A loop over tokens with a state will do. Chunks of tokens need fewer turns; inside a "
+        "chunk, a triangle.",
         mistakes={
             "A query reads the state before its own key is in it: j <= i holds for j = i.": (
                 _reads_before_it_writes
@@ -265,8 +304,8 @@ EXERCISES = {
         },
         flops=_most_flops,
         memory=lambda n, d: n * n,
-        advice="Right, but something grew: an n x n array, or a state for every position. One "
-        "state is enough, since nobody reads an old one again.",
+        advice="Right, but dear: an n x n array, very long chunks, or a state for every position. "
+        "One state is enough, since nobody reads an old one again; short chunks have few pairs.",
     ),
     5: Design(
         "a feature map",

@@ -70,6 +70,13 @@ def gathered(q, k, v):
     return (softmax(s)[:, None] @ v[J])[:, 0]
 
 
+def causal(q, k, v):
+    i = np.arange(len(q))
+    s = q @ k.T / q.dtype.type(q.shape[1] ** 0.5)
+    s[(i[:, None] // 16 != i // 16) & (i % 16 != 15) | (i[:, None] < i)] = -np.inf
+    return softmax(s) @ v
+
+
 def corners():
     """One pair in each of 128 tiles."""
     seen = np.zeros((512, 512), bool)
@@ -96,6 +103,7 @@ WRONG = {
         (lambda n, l, c: n * l + c * (n // l - 1) * n, "both directions"),
         (lambda n, l, c: n * (l + 1) // 2 + n * (n // l - 1) // 2, "c summaries"),
         (lambda n, l, c: n * (l - 1) // 2 + c * n * (n // l - 1) // 2, "includes its diagonal"),
+        (lambda n, l, c: n * (l + 1) // 2 + c * n * (n // l - 1), "every other block"),
         (lambda n, l, c: n**1.5, "Hint"),
     ],
     3: [
@@ -103,6 +111,7 @@ WRONG = {
         (lambda q, k, v: (own_block(q, k, v) + summaries(q, k, v)) / 2, "two denominators"),
         (lambda q, k, v: own_block(q, k, v) + summaries(q, k, v), "sum to two"),
         (pieces(0, repeated=False), "takes the first"),
+        (causal, "That is the causal mask"),
         (own_block, "own block only"),
         (summaries, "summaries only"),
         (full_matrix, "more than the pairs need"),
