@@ -34,19 +34,19 @@ class Memory:
         index = index if isinstance(index, tuple) else (index,)
         if len(index) != self.array.ndim or any(isinstance(i, slice) for i in index):
             raise WrongKind(f"a kernel {what} one number of {self.name} at a time")
+        if not all(isinstance(i, (int, np.integer)) for i in index):
+            raise WrongKind(f"an index of {self.name} is no whole number: divide with //")
         if not all(0 <= i < size for i, size in zip(index, self.shape, strict=True)):
             at = ", ".join(str(int(i)) for i in index)
-            raise WrongKind(
-                f"{self.block.now} {what} {self.name}[{at}], outside its shape {self.shape}: a "
-                "guard must keep such a thread from it"
-            )
+            words = f"{self.block.now} {what} {self.name}[{at}], outside its shape {self.shape}: a "
+            raise WrongKind(words + "guard must keep such a thread from it")
         self.block.alive()
         return index
 
     def __getitem__(self, index):
         index = self._place(index, "reads")
         self.loads += 1
-        self.block.now.shared += self.name == "shared memory"
+        self.block.now.reads += 1
         return self.array[index]
 
     def __setitem__(self, index, number):
@@ -64,7 +64,7 @@ class Thread(threading.Thread):
         super().__init__(daemon=True)
         self.block, self.index, self.call = block, index, call
         self.go, self.waits, self.done, self.error = threading.Semaphore(0), None, False, None
-        self.shared = 0  # numbers that it read from shared memory
+        self.reads = 0
         self.start()
 
     def __str__(self):
@@ -94,6 +94,9 @@ class Block:
         self.local = types.SimpleNamespace(array=_poisoned)
 
     threadIdx = property(lambda self: self.now.index)
+
+    def __getattr__(self, name):
+        raise WrongKind(f"cuda.{name} is not to be had here: shared memory and barriers are enough")
 
     def run(self, call):
         """Every thread to its end; the first error is raised. Returns the threads."""
@@ -164,8 +167,8 @@ def launch(kernel, grid, block, inputs, output, seed=0):
     """``kernel[grid, block](*inputs, output)``, the order of threads drawn from a seed.
 
     ``inputs`` maps names to arrays and numbers; ``output`` is (shape, dtype), and starts as NaN.
-    Returns the output (None where nothing was written), how many numbers were read from each array,
-    barriers of a block, and the most numbers that one thread read from shared memory.
+    Returns the output (None where nothing was written), numbers read from each array, barriers of a
+    block, and the most numbers that one thread read.
     """
     kernel = getattr(kernel, "py_func", kernel)
     grid, block = ((*np.atleast_1d(x).tolist(), 1, 1)[:3] for x in (grid, block))
@@ -180,7 +183,7 @@ def launch(kernel, grid, block, inputs, output, seed=0):
         names = kernel.__globals__ | {"cuda": one}
         ours = types.FunctionType(kernel.__code__, names, closure=kernel.__closure__)
         threads = one.run(lambda ours=ours: ours(*given, y))
-        barriers, longest = one.barriers, max(longest, *(t.shared for t in threads))
+        barriers, longest = one.barriers, max(longest, *(t.reads for t in threads))
     loads = {x.name: x.loads for x in memories}
     return y.array if y.stores else None, loads, barriers, longest
 
@@ -190,12 +193,13 @@ class Launched(Function):
     """A kernel, launched in three orders of threads.
 
     ``plan(*case)`` gives what ``launch`` takes: grid, block, inputs, output. ``longest``: how many
-    numbers a thread may read from shared memory; more gets half of the points and the advice.
+    numbers a thread may read; more gets half of the points and the advice.
     """
 
     plan: Callable = None
     longest: int | None = None
     advice: str = ""
+    seconds: float = 4.0
 
     def check(self, answer):
         traces = []
@@ -203,8 +207,8 @@ class Launched(Function):
         if not mark.passed or self.longest is None:
             return mark
         *_, barriers, longest = map(max, zip(*(trace[2:] for trace in traces)))
-        score = f"score: at most {longest} loads from shared memory by a thread (the limit is "
-        score += f"{self.longest}), {barriers} barriers"
+        score = f"score: {longest} numbers read by the busiest thread (at most {self.longest})"
+        score += f", {barriers} barriers"
         if longest > self.longest:
             return replace(mark, points=self.points / 2, words=(self.advice,), score=score)
         return replace(mark, score=score)
@@ -218,15 +222,11 @@ class Launched(Function):
         if y is None:
             return None
         if not all(np.array_equal(y, x, equal_nan=True) for x in others):
-            raise WrongKind(
-                "the answer changes with the order in which threads run: a thread reads what "
-                "another one may not have written yet"
-            )
+            words = "the answer changes with the order in which threads run: a thread reads what "
+            raise WrongKind(words + "another one may not have written yet")
         if np.isnan(y).any():
-            raise WrongKind(
-                f"{np.isnan(y).sum()} of {y.size} numbers of the output are NaN: no thread wrote "
-                "them, or what they were made of"
-            )
+            words = f"{np.isnan(y).sum()} of {y.size} numbers of the output are NaN: no thread "
+            raise WrongKind(words + "wrote them, or what they were made of")
         return y
 
 
@@ -243,10 +243,10 @@ def _scores(q, k, scale):
     return scale * (q.astype(float) @ k.astype(float).T)
 
 
-def _loads(n, m, d, e, rows):
-    """Counted block by block: its queries once, then every key and value."""
+def _loads(n, d, e, rows, causal=True):
+    """Counted block by block: its queries once, then every key and value that one of them sees."""
     tiles = [range(i, min(i + rows, n)) for i in range(0, n, rows)]
-    return sum(len(tile) * d + m * d + m * e for tile in tiles)
+    return sum(len(tile) * d + (tile[-1] + 1 if causal else n) * (d + e) for tile in tiles)
 
 
 N, D = 4096, 32  # tokens, and columns of q, k and v, of exercise 5
@@ -277,7 +277,7 @@ def _loads_of_tile(tile):
     if reuse < 2:
         words = f"A number from shared memory serves {reuse:.2g} products: at least 2 are wanted. "
         raise Refused(words + "Give each thread a larger patch of scores.")
-    return _loads(N, N, D, D, rows)
+    return _loads(N, D, D, rows, causal=False)
 
 
 EXERCISES = {
@@ -298,9 +298,9 @@ EXERCISES = {
         plan=lambda s: (len(s), 32, {"s": s}, (len(s), np.float32)),
         cases=[(np.sort(_some(3, 70)),), (_some(2, 5),), (_some(1, 32),), (_some(1, 9) - 9,)],
         hint="First each thread alone: the largest of columns t, t + 32, ... Then halve.",
-        longest=12,
-        advice="Right, but one thread reads all 32 numbers while 31 wait. Halve the number of "
-        "threads at work each time, and there are 5 steps in place of 31.",
+        longest=20,
+        advice="Right, but one thread reads all numbers while 31 wait, or each reads all. Give "
+        "each its columns, then halve the threads at work: 5 steps in place of 31.",
         mistakes={
             "A row of negative numbers has a negative maximum: start from -inf, not from 0.": (
                 lambda s: np.maximum(s.max(axis=1), 0)
@@ -314,17 +314,18 @@ EXERCISES = {
         "loads",
         points=2,
         truth=_loads,
-        cases=[(64, 64, 8, 8, 16), (70, 50, 8, 4, 32), (5, 9, 3, 2, 8), (4096, 4096, 64, 64, 1)],
-        hint="A block reads its own queries once, and every key and value. How many blocks?",
+        cases=[(64, 8, 8, 16), (70, 8, 4, 32), (5, 3, 2, 8), (40, 4, 3, 1), (4096, 64, 64, 64)],
+        hint="A block reads its own queries once. Which is its last one, and what does that see?",
         mistakes={
-            "The last block may be short, and reads every key all the same: round the number of "
-            "blocks up.": lambda n, m, d, e, rows: n * d + n // rows * m * (d + e),
-            "The queries are read as well, each once.": lambda n, m, d, e, rows: (
-                -(-n // rows) * m * (d + e)
+            "This is (3) as it stands: a causal block stops at the key of its last query.": (
+                lambda *case: _loads(*case, causal=False)
             ),
-            "A key has d columns, a value has e.": lambda n, m, d, e, rows: (
-                n * d + -(-n // rows) * m * 2 * d
+            "The last block may be short: no key comes after that of query n - 1.": (
+                lambda n, d, e, rows: n * d + sum(range(rows, n + rows, rows)) * (d + e)
             ),
+            "The queries are read as well, each once.": lambda n, d, *x: _loads(n, d, *x) - n * d,
+            "A key has d columns, a value has e.": lambda n, d, _, rows: _loads(n, d, d, rows),
+            "A block reads a key once, not for each query.": lambda n, d, e, _: _loads(n, d, e, 1),
         },
     ),
     4: Function(
@@ -350,8 +351,8 @@ EXERCISES = {
         points=2,
         hint="Which of the four numbers is in equation (3)? What must shrink to make room for it?",
         score=_loads_of_tile,
-        plain=lambda: _loads(N, N, D, D, 32),
-        best=lambda: _loads(N, N, D, D, 128),
+        plain=lambda: _loads(N, D, D, 32, causal=False),
+        best=lambda: _loads(N, D, D, 128, causal=False),
         unit="numbers read",
         notes={"There is room for more rows, if fewer keys come at a time.": lambda x: x[0] < 128},
     ),

@@ -78,6 +78,32 @@ def make_row_max(start=-np.inf, stride=32, between=True, inside=False, tree=True
     return row_max
 
 
+def all_by_each(s, y):
+    row, largest = cuda.blockIdx.x, -np.inf
+    for j in range(s.shape[1]):
+        largest = max(largest, s[row, j])
+    y[row] = largest
+
+
+def halves_with_a_slash(s, y):
+    best = cuda.shared.array(32, np.float32)
+    row, t = cuda.blockIdx.x, cuda.threadIdx.x
+    best[t] = s[row, t] if t < s.shape[1] else -np.inf
+    half = 16
+    while half > 0:
+        cuda.syncthreads()
+        if t < half:
+            best[t] = max(best[t], best[t + half])
+        half /= 2
+    y[row] = best[0]
+
+
+def by_atomics(s, y):
+    row, t = cuda.blockIdx.x, cuda.threadIdx.x
+    for j in range(t, s.shape[1], 32):
+        cuda.atomic.max(y, row, s[row, j])
+
+
 WRONG = {
     1: [
         (no_guard, "outside its shape"),
@@ -92,13 +118,33 @@ WRONG = {
         (make_row_max(inside=True), "all threads of a block must come"),
         (make_row_max(start=0.0), "start from -inf"),
         (make_row_max(stride=1000), "Only the first 32 columns"),
-        (make_row_max(tree=False), "one thread reads all 32"),
+        (make_row_max(tree=False), "one thread reads all"),
+        (all_by_each, "or each reads all"),
+        (halves_with_a_slash, "divide with //"),
+        (by_atomics, "cuda.atomic is not to be had"),
     ],
     3: [
-        (lambda n, m, d, e, rows: n * d + n // rows * m * (d + e), "round the number of"),
-        (lambda n, m, d, e, rows: n * d + math.ceil(n / rows) * m * 2 * d, "a value has e"),
-        (lambda n, m, d, e, rows: math.ceil(n / rows) * m * (d + e), "queries are read as well"),
-        (lambda n, m, d, e, rows: n * m * (d + e), "Hint"),
+        (
+            lambda n, d, e, rows: n * d + math.ceil(n / rows) * n * (d + e),
+            "This is (3) as it stands",
+        ),
+        (
+            lambda n, d, e, rows: (
+                n * d + sum((b + 1) * rows for b in range(math.ceil(n / rows))) * (d + e)
+            ),
+            "no key comes after",
+        ),
+        (
+            lambda n, d, e, rows: sum(min(i + rows, n) for i in range(0, n, rows)) * (d + e),
+            "queries are read as well",
+        ),
+        (
+            lambda n, d, e, rows: n * d + sum(min(i + rows, n) for i in range(0, n, rows)) * 2 * d,
+            "a value has e",
+        ),
+        (lambda n, d, e, rows: n * d + n * (n + 1) // 2 * (d + e), "reads a key once"),
+        (lambda n, d, e, rows: n * d + sum(range(1, n + 1, rows)) * (d + e), "Hint"),
+        (lambda n, d, e, rows: n * n / 2 * (d + e), "Hint"),
     ],
     4: [
         (lambda width: math.gcd(width, 32), "how many threads meet"),
