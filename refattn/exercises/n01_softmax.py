@@ -32,6 +32,10 @@ def _maximum(s):
     return s.max(axis=-1)
 
 
+def _maximum_twice_out(s):
+    return np.log(np.exp(s - s.max(axis=-1, keepdims=True)).sum(axis=-1)) - s.max(axis=-1)
+
+
 def _over_queries(s):
     return np.log(np.exp(s - s.max(axis=0)).sum(axis=0)) + s.max(axis=0)
 
@@ -67,9 +71,13 @@ def moved(block_k):
     return N * 2 * D + passes * N * (2 * D + 2) + passes * N * (D + 2)
 
 
+def _two_sizes(sizes):
+    good = isinstance(sizes, (tuple, list, np.ndarray)) and len(sizes) == 2
+    return good and all(isinstance(b, (int, np.integer)) and b >= 1 for b in sizes)
+
+
 def _traffic(sizes):
-    good = isinstance(sizes, (tuple, list)) and len(sizes) == 2
-    if not good or not all(isinstance(b, (int, np.integer)) and b >= 1 for b in sizes):
+    if not _two_sizes(sizes):
         raise Refused("Give (block_q, block_k), two whole numbers of at least 1.")
     if held(*sizes) > FAST:
         raise Refused(
@@ -103,6 +111,10 @@ def _mean_of_halves(y_a, lse_a, y_b, lse_b):
     return (y_a + y_b) / 2, np.logaddexp(lse_a, lse_b)
 
 
+def _shares_swapped(y_a, lse_a, y_b, lse_b):
+    return _fuse(y_b, lse_a, y_a, lse_b)
+
+
 def _weighted_by_lse(y_a, lse_a, y_b, lse_b):
     a = (lse_a / (lse_a + lse_b))[:, None]
     return a * y_a + (1 - a) * y_b, np.logaddexp(lse_a, lse_b)
@@ -124,6 +136,8 @@ EXERCISES = {
             "exp of a large score overflows, and of a very negative one is 0: take the row's "
             "maximum out of the sum first.": _overflowing,
             "The maximum was taken out of the sum, but not put back after the log.": _maximum_lost,
+            "The maximum comes back with a plus: log(e^c times a sum) is c plus the log of the "
+            "sum.": _maximum_twice_out,
             "The maximum alone is only a lower bound: the other keys add to the sum.": _maximum,
             "The sum goes over the queries: a row of s is one query, its keys are the last "
             "axis.": _over_queries,
@@ -133,7 +147,8 @@ EXERCISES = {
         "one_pass",
         points=3,
         mechanism="softmax_attention",
-        hint="Keep c, l and a as in equation (4); let s hold q @ k[j : j + block].T.",
+        hint="Keep c, l and a as in equation (4), in q's dtype; let s hold the scores of "
+        "k[j : j + block], the last block too, which may be shorter.",
         mistakes={
             "It averages the blocks. Each block must weigh as much as its sum of exponentials: "
             "keep l and divide once, at the end.": _block_means,
@@ -153,7 +168,7 @@ EXERCISES = {
         unit="numbers moved",
         notes={
             "There is room left: a larger block of keys means fewer passes.": lambda x: (
-                held(x[0], x[1] + 1) <= FAST
+                _two_sizes(x) and held(x[0], x[1] + 1) <= FAST
             ),
             "Queries in the tile take room that keys could use: traffic depends on keys alone "
             "(other costs do not, see the solution).": lambda x: held(*x) <= FAST and x[0] > 1,
@@ -172,6 +187,7 @@ EXERCISES = {
         mistakes={
             "The halves do not weigh the same: each weighs as its sum of exponentials, "
             "exp(lse).": _mean_of_halves,
+            "Each half has the other's share: exp(lse_a - lse) belongs to y_a.": _shares_swapped,
             "The weights are not the lse but their exponentials: lse is a log.": _weighted_by_lse,
             "y is right. lse is the log of a sum, not the sum of two logs.": _lse_added,
         },
