@@ -154,7 +154,7 @@ def test_a_function_of_several_parts():
     assert both.check(lambda n: [n, [n, n]]).passed
     assert "expected (a, b), got float" in str(both.check(lambda n: n))
     assert "raised" not in str(both.check(lambda n: n))
-    assert "expected (a, b), got 3 of them" in str(both.check(lambda n: (n, n, n)))
+    assert "expected (a, b), got tuple of 3" in str(both.check(lambda n: (n, n, n)))
     assert "1.0, b" in str(both.check(lambda n: (n, [n, 0])))
 
 
@@ -193,6 +193,8 @@ def test_a_kernel_is_judged_by_its_numbers_and_its_cost():
     assert KERNEL.check(textbook).passed
     dear = KERNEL.check(twice)
     assert dear.points == 2 and "Fewer products." in dear.words and "in part" in str(dear)
+    ready = KERNEL.check(lambda q, k, v: refattn.softmax_attention(q, k, v, scale=0.5))
+    assert ready.points == 2 and "the count saw no arithmetic" in str(ready)
     wrong = KERNEL.check(lambda q, k, v: textbook(2 * q, k, v))
     assert wrong.points == 0 and "Scores first." in str(wrong)
     assert "expected a function" in str(KERNEL.check(3))

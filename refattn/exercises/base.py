@@ -15,6 +15,11 @@ from refattn.verify.compare import compare, error_of, numbers
 from refattn.verify.libraries import WrongKind
 from refattn.verify.report import Report
 
+UNSEEN = (
+    "Right, but the count saw no arithmetic: write the formula with NumPy on q, k and v as they "
+    "come (np.asarray hides them from the count, and a ready attention is no answer)."
+)
+
 
 class Refused(ValueError):
     """An answer of a form that has no score; the message says what was wanted."""
@@ -99,7 +104,7 @@ class Function:
             return given if isinstance(given, BaseException) else {"": given}
         several = isinstance(given, (tuple, list)) or np.ndim(given) > 0
         if not several or len(given) != len(self.parts):
-            came = f"{len(given)} of them" if several else type(given).__name__
+            came = type(given).__name__ + (f" of {len(given)}" if several else "")
             return WrongKind(f"expected ({', '.join(self.parts)}), got {came}")
         return dict(zip(self.parts, given, strict=True))
 
@@ -184,9 +189,9 @@ class Kernel:
             words = words or (_first_wrong(report),)
             words = (*words, f"Hint: {self.hint}")
             return Mark(self.title, self.points, words=words, report=report)
-        score, dear = self._cost(answer)
-        if dear:
-            words = (self.advice,) if self.advice else ()
+        score, dear, unseen = self._cost(answer)
+        if dear or unseen:
+            words = (UNSEEN,) if unseen else (self.advice,) if self.advice else ()
             return Mark(self.title, self.points, self.points / 2, words, score, report)
         return Mark(self.title, self.points, self.points, (), score, report)
 
@@ -207,22 +212,22 @@ class Kernel:
         return bool(np.all(error_of(seen.got["y"], y) <= budget))
 
     def _cost(self, answer):
-        """Words for what it costs, and whether that is too much."""
+        """Words for what it costs, whether that is too much, and whether the count saw nothing."""
         if self.flops is None and self.memory is None:
-            return "", False
+            return "", False, False
         n, d = self.at
         arrays = np.random.default_rng(1).standard_normal((3, n, d)).astype(np.float32)
-        said, dear = [], False
+        said, dear, unseen = [], False, False
         if self.flops is not None:
             used, most = count_flops(answer, *arrays), self.flops(n, d)
             said.append(f"{used:,} FLOPs on {n} tokens of {d} columns (at most {round(most):,})")
-            dear |= used > most
+            dear, unseen = used > most, used == 0
         if self.memory is not None:
             used, most = measure(lambda: answer(*arrays), repeat=1).peak, self.memory(n, d)
             # In halves of a megabyte: the last bytes are Python's own and change from run to run.
             said.append(f"{_megabytes(used)} beyond inputs and output (at most {_megabytes(most)})")
             dear |= used > most
-        return "score: " + ", ".join(said), dear
+        return "score: " + ", ".join(said), dear, unseen
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from refattn.kernels import compiled, heads_of, in_parallel, running
 from refattn.linformer import formula
 from refattn.softmax.cpu import softmax_attention
 
-PARTS = 8  # of the rows of all heads together, so that cores find work
+# Rows of a piece of work. However many heads there are, a head is cut at the same places: BLAS may
+# add in another order for another number of rows, and a head's bits should not depend on the others.
+ROWS = 128
 
 linformer_attention_vjp = composed(formula.linformer_attention_vjp, "numba")
 
@@ -32,7 +34,7 @@ def product(a, b):
     if 0 in (H, r, m, c):
         return a @ b
     y = np.empty((H, r, c), a.dtype)
-    cuts = np.arange(max(1, PARTS // H) + 1) * r // max(1, PARTS // H)
+    cuts = np.append(np.arange(0, r, ROWS), r)
     with running():
         in_parallel(_products, H * (len(cuts) - 1), *flat, heads, cuts, y)
     return y.reshape(*lead, r, c)
@@ -44,5 +46,4 @@ def _products(first, last, a, b, heads, cuts, y):
     for task in range(first, last):
         h, part = task // parts, task % parts
         r0, r1 = cuts[part], cuts[part + 1]
-        if r1 > r0:
-            np.dot(a[heads[h, 0], r0:r1], b[heads[h, 1]], y[h, r0:r1])
+        np.dot(a[heads[h, 0], r0:r1], b[heads[h, 1]], y[h, r0:r1])
