@@ -8,8 +8,8 @@ from refattn.kernels import compiled, heads_of, in_parallel, running
 from refattn.linformer import formula
 from refattn.softmax.cpu import softmax_attention
 
-# Rows of a piece of work. However many heads there are, a head is cut at the same places: BLAS may
-# add in another order for another number of rows, and a head's bits should not depend on the others.
+# Rows of a piece of work. A head is cut at the same places however many heads there are: BLAS may
+# add in another order for another number of rows, and a head's bits should not hang on the others.
 ROWS = 128
 
 linformer_attention_vjp = composed(formula.linformer_attention_vjp, "numba")
