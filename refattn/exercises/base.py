@@ -29,6 +29,11 @@ class Unfilled(Exception):
     """Raised by a score for a choice that is a function, and a hole still."""
 
 
+def unfilled(exercise):
+    """The mark of a hole: the exercise's hint."""
+    return Mark(exercise.title, exercise.points, words=(exercise.hint,), filled=False)
+
+
 @dataclass(frozen=True)
 class Function:
     """A function, or with no cases a value, to be equal to ``truth`` on every case.
@@ -68,7 +73,7 @@ class Function:
         wanted = [_split(_called(self.truth, case), self.parts) for case in cases]
         given = [self._given(answer, case) for case in cases]
         if all(x is None or x is ... for x in given):
-            return Mark(self.title, self.points, words=(self.hint,), filled=False)
+            return unfilled(self)
         lines, got = [], []
         for case, x, want in zip(cases, given, wanted, strict=True):
             x = self._parted(x)
@@ -112,16 +117,15 @@ class Function:
         return float(self.tolerance(wanted) if callable(self.tolerance) else self.tolerance)
 
     def _equal(self, cases, got):
-        """The sentences of the mistakes that the answer equals."""
+        """The sentence of the first mistake that the answer equals."""
         if any(isinstance(x, BaseException) for x in got):
             return ()
-        found = []
         for sentence, wrong in self.mistakes.items():
             with np.errstate(all="ignore"):
                 outputs = [_split(_called(wrong, copy.deepcopy(c)), self.parts) for c in cases]
             if all(self._same(x, y) for x, y in zip(got, outputs, strict=True)):
-                found.append(sentence)
-        return tuple(found[:1])
+                return (sentence,)
+        return ()
 
     def _same(self, got, wrong):
         for name, w in wrong.items():
@@ -174,7 +178,7 @@ class Kernel:
 
     def check(self, answer):
         if answer is None or answer is ...:
-            return Mark(self.title, self.points, words=(self.hint,), filled=False)
+            return unfilled(self)
         if not callable(answer):
             words = f"expected a function of q, k and v, got {type(answer).__name__}"
             return Mark(self.title, self.points, words=(words,))
@@ -183,7 +187,7 @@ class Kernel:
             answer, self.mechanism, cases=self.cases, dtype=self.dtype, title=self.title, **options
         )
         if not report.filled:
-            return Mark(self.title, self.points, words=(self.hint,), filled=False)
+            return unfilled(self)
         if not report.passed:
             words = self._equal(report) or tuple(report.explained)
             words = words or (_first_wrong(report),)
@@ -264,12 +268,12 @@ class Design:
 
     def check(self, answer):
         if _hollow(answer):
-            return Mark(self.title, self.points, words=(self.hint,), filled=False)
+            return unfilled(self)
         try:
             with time_limit(60.0):
                 score = self.score(copy.deepcopy(answer))
         except Unfilled:
-            return Mark(self.title, self.points, words=(self.hint,), filled=False)
+            return unfilled(self)
         except Refused as error:
             return Mark(self.title, self.points, words=(str(error), *self._notes(answer)))
         except (Exception, SystemExit) as error:
@@ -286,14 +290,13 @@ class Design:
         return Mark(self.title, self.points, points, words, said)
 
     def _notes(self, answer):
-        found = []
         for sentence, applies in self.notes.items():
             try:
                 if applies(copy.deepcopy(answer)):
-                    found.append(sentence)
+                    return (sentence,)
             except Exception:  # a note about one form of choice says nothing of another
                 continue
-        return tuple(found[:1])
+        return ()
 
 
 def _hollow(answer):

@@ -113,12 +113,8 @@ def count_flops(function, *arrays):
 
 
 def _wrapped(result, tally):
-    if isinstance(result, (tuple, list)):
-        return (
-            type(result)(_wrapped(x, tally) for x in result)
-            if type(result) in (tuple, list)
-            else result
-        )
+    if type(result) in (tuple, list):
+        return type(result)(_wrapped(x, tally) for x in result)
     if not isinstance(result, np.ndarray):
         return result
     result = result.view(Counted)

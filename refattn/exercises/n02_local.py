@@ -1,12 +1,11 @@
 """Exercises of notebook 2, local attention."""
 
-import functools
-
 import numpy as np
 
 import refattn
 from refattn import course, masks
 from refattn.exercises.base import Design, Function, Kernel, Refused
+from refattn.exercises.heads import exact_heads
 
 HEADS = 12
 WINDOW = 5  # of exercise 2
@@ -32,13 +31,6 @@ def _both_sides(q, k, v):
     return refattn.local_attention(q, k, v, window=WINDOW)
 
 
-@functools.cache
-def _exact():
-    heads = refattn.datasets.load_heads()
-    arrays = (x.astype(np.float64) for x in (heads.q, heads.k, heads.v))
-    return heads, refattn.softmax_attention(*arrays)
-
-
 def flops_of(windows):
     """FLOPs of one window a head on 512 tokens."""
     return sum(refattn.local_attention_cost(512, 512, 32, 32, window=w).flops for w in windows)
@@ -46,14 +38,14 @@ def flops_of(windows):
 
 def mean_error(windows):
     """Mean relative error over the heads."""
-    heads, exact = _exact()
+    heads, exact = exact_heads().heads, exact_heads().y
     pairs = zip(heads.kind, windows, strict=True)
     ys = [refattn.local_attention(*heads.pick(kind), window=w) for kind, w in pairs]
     return float(course.relative_error(np.array(ys), exact).mean())
 
 
 def _windows(choice):
-    kinds = _exact()[0].kind
+    kinds = exact_heads().heads.kind
     if not isinstance(choice, dict) or set(choice) != set(kinds):
         raise Refused(f"Give a dict with a window for each of: {', '.join(kinds)}.")
     windows = [choice[kind] for kind in kinds]

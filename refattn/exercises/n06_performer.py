@@ -7,7 +7,8 @@ import numpy as np
 
 import refattn
 from refattn import course
-from refattn.exercises.base import Design, Function, Kernel, Refused
+from refattn.exercises.base import Design, Function, Kernel, Refused, unfilled
+from refattn.exercises.heads import exact_heads
 from refattn.exercises.mark import Mark
 from refattn.verify import check_features
 
@@ -68,7 +69,7 @@ class Draw:
 
     def check(self, answer):
         if answer is None or answer is ...:
-            return Mark(self.title, self.points, words=(self.hint,), filled=False)
+            return unfilled(self)
         if not callable(answer):
             words = f"expected a function of num_features, d and rng, got {type(answer).__name__}"
             return Mark(self.title, self.points, words=(words,))
@@ -78,7 +79,7 @@ class Draw:
 
         report = check_features(draw, title=self.title)
         if not report.filled:
-            return Mark(self.title, self.points, words=(self.hint,), filled=False)
+            return unfilled(self)
         if report.passed:
             return Mark(self.title, self.points, points=self.points, report=report)
         if _only_rounding(report):
@@ -106,16 +107,9 @@ def _flops(n, d):
 
 
 @functools.cache
-def _heads():
-    heads = refattn.datasets.load_heads()
-    arrays = (a.astype(np.float64) for a in (heads.q, heads.k, heads.v))
-    return heads, refattn.softmax_attention(*arrays)
-
-
-@functools.cache
 def error_of(name, kind, num_features):
     """Relative error of a head's output, the mean of four draws."""
-    heads, exact = _heads()
+    heads, exact = exact_heads().heads, exact_heads().y
     found = []
     for seed in range(DRAWS):
         drawn = refattn.random_features(num_features, D, rng=seed)

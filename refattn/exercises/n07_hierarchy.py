@@ -7,6 +7,7 @@ import numpy as np
 import refattn
 from refattn import course
 from refattn.exercises.base import Design, Function, Kernel, Refused
+from refattn.exercises.heads import exact_heads
 
 HEADS = 12
 BLOCK = 64  # of exercise 2
@@ -142,17 +143,10 @@ def _all_queries(n, r):
 
 
 @functools.cache
-def _exact():
-    heads = refattn.datasets.load_heads()
-    arrays = [x.astype(np.float64) for x in (heads.q, heads.k, heads.v)]
-    return heads.kind, arrays, refattn.softmax_attention(*arrays)
-
-
-@functools.cache
 def errors(block):
     """Relative error of two-level attention on each head."""
-    _, arrays, exact = _exact()
-    return course.relative_error(refattn.two_level_attention(*arrays, block=block), exact)
+    _, q, k, v, exact = exact_heads()
+    return course.relative_error(refattn.two_level_attention(q, k, v, block=block), exact)
 
 
 def flops_of(blocks):
@@ -166,7 +160,7 @@ def mean_error(blocks):
 
 
 def _blocks(choice):
-    kinds = _exact()[0]
+    kinds = exact_heads().heads.kind
     if not isinstance(choice, dict) or set(choice) != set(kinds):
         raise Refused(f"Give a dict with a block size for each of: {', '.join(kinds)}.")
     blocks = [choice[kind] for kind in kinds]
