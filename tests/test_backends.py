@@ -8,14 +8,14 @@ import pytest
 import refattn
 from cases import LONG, MECHANISMS, SHAPES, Shape, cases, flat, options_in
 from refattn.verify.cases import Trial
-from refattn.verify.truth import truth_of
+from refattn.verify.wanted import wanted_of
 
 BACKENDS = ["numba"]
 DTYPES = [np.float64, np.float32]
 
 
 class Reference:
-    """A mechanism as ``truth_of`` wants it."""
+    """A mechanism as ``wanted_of`` wants it."""
 
     def __init__(self, mechanism):
         self.mechanism = mechanism.name
@@ -31,7 +31,7 @@ def agrees(case, dtype, backend):
     y = case.mechanism.attention(q, k, v, backend=backend, **low)
     dy = np.random.default_rng(7).standard_normal(y.shape).astype(dtype)
     trial = Trial(str(case), q, k, v, dy)
-    wanted = truth_of(Reference(case.mechanism), trial, low, wide, gradients=True)
+    wanted = wanted_of(Reference(case.mechanism), trial, low, wide, gradients=True)
     grads = case.mechanism.vjp(dy, q, k, v, backend=backend, **low)
     plain = case.mechanism.vjp(dy, q, k, v, **low)
     assert len(flat(grads)) == len(flat(plain))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import refattn
 from refattn.verify.cases import Trial
 from refattn.verify.like import Reference
-from refattn.verify.truth import truth_of
+from refattn.verify.wanted import wanted_of
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -35,7 +35,7 @@ def holds(name, arrays, **options):
         key: x.astype(float) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
         for key, x in options.items()
     }
-    wanted = truth_of(Reference(name), Trial("", q, k, v, dy), options, wide, gradients=True)
+    wanted = wanted_of(Reference(name), Trial("", q, k, v, dy), options, wide, gradients=True)
     for part, x in zip(("y", "dq", "dk", "dv"), (y, *grads), strict=False):
         assert x.shape == wanted[part].value.shape
         assert abs(x - wanted[part].value).max(initial=0) <= wanted[part].budget, part

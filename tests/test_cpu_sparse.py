@@ -11,7 +11,7 @@ from refattn.sparse import csr_cpu
 from refattn.sparse.csr_cpu import sparse_attention, sparse_attention_vjp
 from refattn.sparse.plan import LEAST, WIDE, plan_of
 from refattn.verify.cases import Trial
-from refattn.verify.truth import truth_of
+from refattn.verify.wanted import wanted_of
 
 DTYPES = [np.float64, np.float32]
 
@@ -49,7 +49,7 @@ MASKS = {
 
 
 class Formula:
-    """The truth, as ``truth_of`` wants it."""
+    """The truth, as ``wanted_of`` wants it."""
 
     mechanism = "sparse_attention"
 
@@ -71,7 +71,7 @@ def draw(mask, dtype=np.float64, lead=(), d=7, e=5, size=1.0):
 def agrees(mask, dtype, scale=None, **options):
     dy, q, k, v = draw(mask, dtype, **options)
     given = {"mask": mask, "scale": scale}
-    wanted = truth_of(Formula, Trial("", q, k, v, dy), given, given, gradients=True)
+    wanted = wanted_of(Formula, Trial("", q, k, v, dy), given, given, gradients=True)
     y, grads = sparse_attention(q, k, v, **given), sparse_attention_vjp(dy, q, k, v, **given)
     for name, x in zip(("y", "dq", "dk", "dv"), (y, *grads), strict=True):
         want = wanted[name]

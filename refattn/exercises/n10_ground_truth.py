@@ -10,7 +10,7 @@ from refattn.verify import check, probe
 from refattn.verify.cases import number_type, trials
 from refattn.verify.like import Reference, convention_of
 from refattn.verify.mistakes import MISTAKES, output_of
-from refattn.verify.truth import truth_of
+from refattn.verify.wanted import wanted_of
 
 # Of exercise 4: attentions with options, and how many sizes may be chosen.
 JUDGED = (
@@ -73,7 +73,7 @@ def shown_by(size):
     for mechanism, options in JUDGED:
         reference = Reference(mechanism, convention_of(None))
         trial = next(iter(trials(mechanism, [size], dtype, options)))
-        wanted = truth_of(reference, trial, options, options, False)["y"]
+        wanted = wanted_of(reference, trial, options, options, False)["y"]
         for mistake in MISTAKES:
             if mechanism in mistake.mechanisms:
                 output = output_of(mistake, reference, trial, options)

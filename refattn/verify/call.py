@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from refattn.verify.libraries import NumPy, WrongKind
-from refattn.verify.truth import GRADIENTS
+from refattn.verify.wanted import GRADIENTS
 
 
 @dataclass(frozen=True)

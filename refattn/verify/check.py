@@ -14,7 +14,7 @@ from refattn.verify.libraries import library_of
 from refattn.verify.like import Reference, convention_of, lead_of
 from refattn.verify.mistakes import equal_mistakes
 from refattn.verify.report import Report
-from refattn.verify.truth import truth_of
+from refattn.verify.wanted import wanted_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def check(
 
     with s the logits and E the error of refattn's own formula in the kernel's dtype; for float16
     and bfloat16 with every array operation rounded to that type, if that is larger. A gradient
-    passes by the same rule with its own E and size (``refattn.verify.truth``).
+    passes by the same rule with its own E and size (``refattn.verify.wanted``).
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def check(
     for trial in bar:
         bar.set_description(trial.name)
         try:
-            wanted = truth_of(reference, trial, low, wide, gradients is not False)
+            wanted = wanted_of(reference, trial, low, wide, gradients is not False)
         except ValueError as error:
             misfit = error
             continue

@@ -8,7 +8,7 @@ from refattn.verify import check
 from refattn.verify.cases import Trial, cast, number_type, trials
 from refattn.verify.like import Reference
 from refattn.verify.rounding import Rounded, every_operation_rounded
-from refattn.verify.truth import truth_of
+from refattn.verify.wanted import wanted_of
 
 HALVES = ["float16", "bfloat16"]
 
@@ -70,7 +70,7 @@ def budgets(dtype, **options):
     wide = {name: cast(x, np.float64) for name, x in low.items()}
     reference = Reference("softmax_attention")
     for trial in trials("softmax_attention", "default", dtype, options):
-        yield trial, truth_of(reference, trial, low, wide, gradients=True)
+        yield trial, wanted_of(reference, trial, low, wide, gradients=True)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", *HALVES])

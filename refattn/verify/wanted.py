@@ -26,7 +26,7 @@ class Wanted:
     conditioning: float
 
 
-def truth_of(reference, trial, low, wide, gradients):
+def wanted_of(reference, trial, low, wide, gradients):
     """{"y": Wanted} and, with ``gradients``, {"dq", "dk", "dv"}; ``low`` and ``wide`` are the
     options rounded to the kernel's dtype and those in float64.
 
