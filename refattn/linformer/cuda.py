@@ -33,8 +33,9 @@ def linformer_attention_vjp(dy, q, k, v, *, E, F=None, key_mask=None, scale=None
         dE = _hide_columns(xp, dk_r @ k.mT, visible)
         dF = _hide_columns(xp, dv_r @ v.mT, visible)
     found = [dq, dk, dv, dE, dF]
-    if shared:
-        found, shapes = [dq, dk, dv, dE + dF], shapes[:4]
+    if shared:  # each summed over its own leading axes, which need not be the same
+        dE = gpu.summed(xp, dE, shapes[3]) + gpu.summed(xp, dF, shapes[3])
+        found, shapes = [dq, dk, dv, dE], shapes[:4]
     pairs = zip(found, shapes, strict=True)
     return tuple(gpu.cast(xp, gpu.summed(xp, g, shape), dtype) for g, shape in pairs)
 
