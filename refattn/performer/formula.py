@@ -70,6 +70,7 @@ def performer_attention(
     and c is 1, or for trig the condition of the denominator, as in ``linear_attention``
     (tests/test_formulas.py, against 40 digits). Of the estimate: variance by ``kernel_variance``,
     which grows as exp(scale |q + k|^2): large norms need very many features.
+    Measured worst, on refattn.verify.certain.hard: 1.7e-13 max|v| (positive, very far, causal).
 
     References
     ----------

@@ -62,6 +62,7 @@ def local_attention(q, k, v, *, window, causal=False, dilation=1, scale=None):
     modulo the dilation, so each residue is an undilated problem of its own.
 
     Error: as ``softmax_attention``, with k in the place of m.
+    Measured worst, on refattn.verify.certain.hard: 1.6e-13 max|v| (logits of 1e4).
 
     References
     ----------
@@ -200,6 +201,8 @@ def sparse_attention(q, k, v, *, mask, scale=None):
     their dot products.
 
     Error: as ``softmax_attention``, with the longest row in the place of m.
+    Measured worst, on refattn.verify.certain.hard: 2.1e-13 max|v|
+    (logits of 1e4, cancelling values).
 
     References
     ----------

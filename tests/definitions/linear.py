@@ -1,5 +1,7 @@
 """Linear attention: all weights one by one, and the recurrence that costs are counted on."""
 
+import mpmath
+
 from definitions.numbers import dot, exp, number_like
 
 
@@ -27,12 +29,18 @@ def relu_row(x):
     return [a if a.real > 0 else number_like(a) for a in x]
 
 
+def root_of_half(like):
+    """A constant in the digits of ``like``."""
+    many = isinstance(like, (mpmath.mpf, mpmath.mpc))
+    return mpmath.sqrt(0.5) if many else 0.5**0.5
+
+
 def taylor_row(x):
     row = [one_like(x[0]), *x]
     for b in range(len(x)):
         for c in range(b, len(x)):
             product = x[b] * x[c]
-            row.append(product * 0.5**0.5 if b == c else product)
+            row.append(product * root_of_half(product) if b == c else product)
     return row
 
 

@@ -1,0 +1,186 @@
+"""What an attention and its gradient are on given inputs, each number with a bound on its error."""
+
+import numpy as np
+
+from refattn import checks
+from refattn.verify.certain.ball import Ball, gradients
+from refattn.verify.certain.definitions import DEFINITIONS, keys_of, visible_pairs
+from refattn.verify.certain.numbers import Digits, DoubleDouble
+
+# Options that are real arrays; those with a gradient first, in signature order.
+ARRAYS = ("bias", "E", "F", "gate", "weights", "omega")
+PARTS = ("dq", "dk", "dv", "dbias", "dE", "dF", "dgate", "dweights", "dS0", "dz0")
+PAIRS = 2**18  # queries times keys at a time
+FEW = 2**17  # products up to which mpmath is tried: a second or two
+DIGITS = (50, 100, 200)
+SLACK = 1.01  # a bound is good enough within this of what rounding to float64 alone costs,
+NOTHING = 1e-40  # or where it is so small beside the largest of all answers
+
+
+@np.errstate(all="ignore")  # what overflows or is undecided ends as an infinite error
+def answers(mechanism, inputs, options):
+    """{part: (float64 array, elementwise bound on its error)}.
+
+    The parts are y; lse or S and z where they are asked for; and with "dy" among the inputs the
+    gradients dq, dk, dv, then those of PARTS that there are. Cotangents of lse, S and z are inputs
+    too: dlse, dS, dz.
+    """
+    inputs, options = _as_floats(mechanism, inputs, options)
+    found = _in(DoubleDouble(), mechanism, inputs, options)
+    work = _products(inputs, options)
+    for digits in DIGITS:
+        if work > FEW or _certain(found):
+            break
+        again = _in(Digits(digits), mechanism, inputs, options)
+        found = {name: _better(found[name], again[name]) for name in found}
+    return found
+
+
+def _certain(found):
+    """Whether errors are hardly more than half a unit in the last place, or beneath notice."""
+    scale = max(float(np.abs(v[np.isfinite(v)]).max(initial=0)) for v, _ in found.values())
+    return all(
+        np.all((e <= SLACK / 2 * np.spacing(np.abs(v))) | (e <= NOTHING * scale) | np.isinf(v))
+        for v, e in found.values()
+    )
+
+
+def _better(old, new):
+    """Entry by entry the one with the smaller bound."""
+    first = old[1] <= new[1]
+    return np.where(first, old[0], new[0]), np.where(first, old[1], new[1])
+
+
+def _products(inputs, options):
+    """About how many multiplications the definition takes."""
+    n, d = inputs["q"].shape[-2:]
+    m, e = inputs["v"].shape[-2:]
+    heads = np.prod(checks.lead(inputs["q"], inputs["k"], inputs["v"]), dtype=int)
+    features = max([d, *(len(options[x]) for x in ("omega",) if options.get(x) is not None)])
+    return heads * (n * m * (features + e) + (n + m) * features * d)
+
+
+def _as_floats(mechanism, inputs, options):
+    """float64 copies; 0 at keys that nobody sees and in queries that see nothing, which may hold
+    anything."""
+    options = dict(options)
+    inputs = {name: np.array(x, float) for name, x in inputs.items()}
+    if callable(options.get("gate")):
+        options["gate"] = options["gate"](*(inputs[x] for x in "qkv"))
+    for name in ARRAYS:
+        if options.get(name) is not None:
+            options[name] = np.array(options[name], float)
+    if options.get("initial_state") is not None:
+        state = zip(("S0", "z0"), options["initial_state"], strict=True)
+        inputs |= {name: np.array(x, float) for name, x in state}
+    if not all(np.isfinite(inputs[x]).all() for x in "qkv"):
+        rows, keys = _met(mechanism, inputs, options)
+        for name, used in (("q", rows), ("k", keys), ("v", keys)):
+            inputs[name] = _cleared(inputs[name], used)
+    for name, x in inputs.items():
+        if not np.isfinite(x).all():
+            raise ValueError(f"{name} holds NaN or infinity where it is seen: nothing is certain")
+    return inputs, options
+
+
+def _met(mechanism, inputs, options):
+    """Queries that see a key and are computed, (..., n); keys that such queries see, (..., m)."""
+    n, m = inputs["q"].shape[-2], inputs["k"].shape[-2]
+    inner = getattr(options.get("attention"), "__name__", mechanism)
+    if "key_mask" in options or inner.startswith(("linear_", "linformer", "performer")):
+        balls = {"k": inputs["k"]}
+        pairs = np.broadcast_to(keys_of(balls, options)[..., None, :], (n, m))
+        pairs = (
+            pairs & (np.arange(m) <= np.arange(n)[:, None]) if _causal(inner, options) else pairs
+        )
+    else:
+        pairs = visible_pairs(n, m, options, np.arange(n))
+    if "gate" in options:
+        pairs = pairs & (options["gate"] != 0).any(axis=-1)[..., None]
+    return pairs.any(axis=-1), pairs.any(axis=-2)
+
+
+def _causal(mechanism, options):
+    return options.get("causal", mechanism == "linear_attention_chunked")
+
+
+def _cleared(x, used):
+    """Rows that are not used in any head become 0."""
+    used = np.broadcast_to(used, np.broadcast_shapes(used.shape, x.shape[:-1]))
+    while used.ndim > x.ndim - 1:
+        used = used.any(axis=0)
+    for axis, length in enumerate(x.shape[:-1]):
+        if length == 1 and used.shape[axis] > 1:
+            used = used.any(axis=axis, keepdims=True)
+    return np.where(used[..., None], x, 0)
+
+
+def _in(numbers, mechanism, inputs, options):
+    """The parts, in this arithmetic."""
+    backward = "dy" in inputs
+
+    def leaf(x):
+        return Ball(numbers, numbers.of(np.where(np.isneginf(x), 0, x)), leaf=backward)
+
+    leaves = {x: leaf(inputs[x]) for x in ("q", "k", "v", "S0", "z0") if x in inputs}
+    leaves |= {x: leaf(options[x]) for x in ARRAYS if options.get(x) is not None}
+    n, m = inputs["q"].shape[-2], inputs["k"].shape[-2]
+    if options.get("fuse") in ("sum", "mean", "max", "weighted"):
+        n = options["block"]
+        step = n
+    else:
+        step = n if backward else max(1, PAIRS // max(1, m))
+    definition = DEFINITIONS[mechanism]
+    bands = []
+    for start in range(0, max(n, 1), max(step, 1)):
+        bands.append(definition(leaves, options, np.arange(start, min(n, start + step))))
+    lead = checks.lead(inputs["q"], inputs["k"], inputs["v"])
+    found = {"y": _stacked([b["y"].rounded() for b in bands], -2, lead)}
+    if not backward and options.get("causal") and "omega" in leaves:
+        # exponents are lessened by the largest of all keys that some row of the band sees, which
+        # may leave nothing of the keys that its first rows see: each again by itself
+        y, error = found["y"]
+        for row in np.flatnonzero(
+            (error > SLACK / 2 * np.spacing(np.abs(y))).any((-1, *_heads(y)))
+        ):
+            alone = definition(leaves, options, np.arange(row, row + 1))["y"].rounded()
+            y[..., row, :], error[..., row, :] = _better(
+                (y[..., row, :], error[..., row, :]), tuple(x[..., 0, :] for x in alone)
+            )
+    outputs = [(bands[0]["y"], inputs["dy"])] if backward else []
+    if options.get("return_lse"):
+        whole = [b["lse"].rounded() for b in bands]
+        empty = [np.broadcast_to(b["empty"], w[0].shape) for b, w in zip(bands, whole, strict=True)]
+        whole = [
+            (np.where(x, -np.inf, w[0]), np.where(x, 0, w[1]))
+            for x, w in zip(empty, whole, strict=True)
+        ]
+        found["lse"] = _stacked(whole, -1, lead)
+        if "dlse" in inputs:
+            outputs.append((bands[0]["lse"], inputs["dlse"]))
+    if options.get("return_state"):
+        for name in ("S", "z"):
+            found[name] = _over_heads(bands[0][name].rounded(), lead, 2 if name == "S" else 1)
+            if f"d{name}" in inputs:
+                outputs.append((bands[0][name], inputs[f"d{name}"]))
+    if backward:
+        wanted = [x for x in (name[1:] for name in PARTS) if x in leaves]
+        grads = gradients(outputs, [leaves[x] for x in wanted])
+        found |= {f"d{x}": g.rounded() for x, g in zip(wanted, grads, strict=True)}
+    return found
+
+
+def _heads(y):
+    """The leading axes."""
+    return tuple(range(y.ndim - 2))
+
+
+def _stacked(parts, axis, lead):
+    value, error = (np.concatenate(x, axis=axis) for x in zip(*parts, strict=True))
+    return _over_heads((value, error), lead, -axis)
+
+
+def _over_heads(part, lead, axes):
+    """Outputs have every leading axis of the inputs."""
+    shape = (*lead, *part[0].shape[part[0].ndim - axes :])
+    return tuple(np.array(np.broadcast_to(x, shape)) for x in part)
