@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import refattn
 from refattn import checks
 
 # n, m, d, e: one token, odd sizes, more keys than queries and fewer, more than one tile
@@ -80,6 +81,14 @@ SPECIAL = {
     "far keys": (_far_keys(FAR), (13, 13, 4, 4), "performer"),
     "very far keys": (_far_keys(VERY_FAR), (13, 13, 4, 4), "performer"),
 }
+
+
+def attention_name(mechanism):
+    """The name of one of refattn's attentions, given as such or as the function; or ValueError."""
+    name = getattr(mechanism, "__name__", mechanism)
+    if not hasattr(refattn, str(name)) or not hasattr(refattn, f"{name}_vjp"):
+        raise ValueError(f"mechanism is {name!r}; expected an attention such as 'local_attention'")
+    return name
 
 
 def number_type(name):

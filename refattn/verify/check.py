@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import tqdm
 
-import refattn
 from refattn import checks
 from refattn.verify.call import Caller
-from refattn.verify.cases import cast, eps_of, number_type, too_short, trials
+from refattn.verify.cases import attention_name, cast, eps_of, number_type, too_short, trials
 from refattn.verify.compare import compare, numbers
 from refattn.verify.libraries import library_of
 from refattn.verify.like import Reference, convention_of, lead_of
@@ -238,9 +237,7 @@ def _findings(seen):
 
 def _mechanism(mechanism, options):
     """The name of an attention, or ValueError."""
-    name = getattr(mechanism, "__name__", mechanism)
-    if getattr(refattn, str(name), None) is None or not hasattr(refattn, f"{name}_vjp"):
-        raise ValueError(f"mechanism is {name!r}; expected an attention such as 'local_attention'")
+    name = attention_name(mechanism)
     for refused in ("return_lse", "return_state"):
         if options.get(refused):
             raise ValueError(f"{refused}=True came; only the output y is compared")

@@ -2,7 +2,7 @@
 
 import refattn
 from refattn import checks
-from refattn.verify.cases import cast
+from refattn.verify.cases import attention_name, cast
 from refattn.verify.certain.parts import PARTS, answers
 
 
@@ -128,9 +128,7 @@ def truth_vjp(mechanism, dy, q, k, v, *, dlse=None, dstate=None, with_error=Fals
 
 def _asked(mechanism, arrays, options):
     """The attention's name, arrays of one dtype, and options rounded to it."""
-    name = getattr(mechanism, "__name__", mechanism)
-    if not hasattr(refattn, f"{name}_vjp"):
-        raise ValueError(f"mechanism is {name!r}; expected an attention such as 'local_attention'")
+    name = attention_name(mechanism)
     arrays = [checks.floating(x, array) for x, array in zip("qkv", arrays, strict=True)]
     dtype = arrays[0].dtype
     return name, arrays, {x: cast(value, dtype) for x, value in options.items()}
