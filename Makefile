@@ -18,7 +18,7 @@ PYTEST = $(SIZE) $(QUIET) $(PY) -m pytest -n 2 --dist worksteal --doctest-module
 STRIP = --keep-output --keep-count --keep-id \
 	--extra-keys "cell.metadata.execution metadata.language_info"
 
-.PHONY: help course test grade figures pages check bench lint format coverage mutants gpu gpu-check lock clean
+.PHONY: help course test grade figures pages certainty check bench lint format coverage mutants gpu gpu-check lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ figures: $(READY)  ## run the notebooks in place and refresh their outputs and f
 
 pages: $(READY)  ## write docs/ from the tables in refattn.verify
 	@$(PY) scripts/pages.py
+
+certainty: $(READY)  ## measure the formulas on hard inputs in 60 digits and write docs/certainty.md
+	@$(PY) scripts/certainty.py
 
 check: $(READY)  ## run the notebooks and compare with the outputs that are in them
 	@$(PY) scripts/notebooks.py check

@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+from pathlib import Path
 
 import ml_dtypes
 import mpmath
@@ -12,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import refattn
-from cases import MECHANISMS, cases, flat
+from cases import cases, flat
+from exact_of import MANY, exact_of, exact_scale
 from gradients_of import definition_gradients
-from numbers_of import run
 from refattn.verify import truth, truth_vjp
 from refattn.verify.certain import doubles
 from refattn.verify.certain.ball import Ball, gradients
@@ -23,7 +24,6 @@ from refattn.verify.certain.doubles import UNIT, Double
 from refattn.verify.certain.hard import hard_cases
 from refattn.verify.certain.numbers import Digits, DoubleDouble
 
-MANY = 60  # digits of the judge
 ARITHMETICS = [DoubleDouble(), Digits(50)]
 
 
@@ -192,14 +192,7 @@ def test_an_undecided_denominator_is_said_to_be():
 
 
 def in_many_digits(case):
-    """The definition of tests/definitions in 60 digits, 1/sqrt(d) too, as mpmath's numbers."""
-    options = dict(case.options)
-    plain = case.mechanism.startswith("linear_")
-    with mpmath.workdps(MANY):
-        if options.get("scale") is None and not plain:
-            options["scale"] = 1 / mpmath.sqrt(case.inputs[0].shape[-1])
-        definition = MECHANISMS[case.mechanism].definition
-        return np.array(run(definition, *case.inputs, options, mpmath.mpf), object)
+    return exact_of(case.mechanism, *case.inputs, case.options)
 
 
 HARD = hard_cases()
@@ -263,16 +256,6 @@ def test_docstrings_quote_the_measured_worst(mechanism):
     quoted, name = float(found[1]), found[2]
     assert worst <= MACHINES * quoted and quoted <= MACHINES * worst, (worst, errors)
     assert errors[name] >= worst / MACHINES, errors
-
-
-def exact_scale(q, case):
-    """The scale in many digits; nothing for linear attention, which has none."""
-    options = case.build()[-1]
-    inner = getattr(options.get("attention"), "__name__", case.mechanism.name)
-    if inner.startswith("linear_"):
-        return {}
-    scale = options.get("scale")
-    return {"scale": 1 / mpmath.sqrt(q.shape[-1]) if scale is None else mpmath.mpf(scale)}
 
 
 SMALL = [(4, 4, 3, 2), (3, 5, 2, 1), (5, 3, 1, 2)]
@@ -453,3 +436,11 @@ def test_refusals():
         truth("linear_attention", x, x, x, feature_map=strange)
     bare = refattn.FeatureMap(refattn.linear.identity, np.exp)
     np.testing.assert_allclose(truth(refattn.linear_attention, x, x, x, feature_map=bare), x)
+
+
+def test_the_page_has_every_hard_case():
+    page = (Path(__file__).parents[1] / "docs" / "certainty.md").read_text(encoding="utf-8")
+    for case in HARD:
+        line = f"| {case.mechanism.removesuffix('_attention')} | {case.name} | "
+        assert page.count(line) == 1, f"{line}: run make certainty"
+    assert page.count("\n| ") == len(HARD) + 2
