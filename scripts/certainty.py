@@ -58,12 +58,12 @@ def page(rows):
     ratios = np.array([bound / error if error else np.inf for _, _, error, bound in rows])
     within = ratios <= 100
     lines = [
-        f"{len(rows)} hard inputs (`refattn/verify/certain/hard.py`); errors are absolute, the largest",
-        "of all entries, and the true one is that against 60 digits.",
+        f"{len(rows)} hard inputs (`refattn/verify/certain/hard.py`); errors are absolute, the",
+        "largest of all entries, and the true one is that against 60 digits.",
         "",
         f"The bound holds on all {len(rows)}. It is within a factor of 100 of the true error on",
-        f"{within.sum()} of them ({within.mean():.0%}); where it is not, the answer is itself a float64",
-        "and the true error next to nothing.",
+        f"{within.sum()} of them ({within.mean():.0%}); where it is not, the answer is itself a",
+        "float64 and the true error next to nothing.",
         "",
         "| attention | input | formula's error | truth's error | its bound | bound / error |",
         "| --- | --- | --- | --- | --- | --- |",
