@@ -368,6 +368,12 @@ def test_growing_keys_of_a_causal_performer_are_certain_without_mpmath(monkeypat
     y, error = truth("performer_attention", q, k, v, with_error=True, **options)
     assert (error <= np.spacing(abs(y))).all()
     assert abs(y - refattn.performer_attention(q, k, v, **options)).max() <= 1e-10
+    dy = rng.standard_normal(y.shape)
+    found, errors = truth_vjp("performer_attention", dy, q, k, v, with_error=True, **options)
+    wanted = refattn.performer_attention_vjp(dy, q, k, v, **options)
+    for g, e, w in zip(found, errors, wanted, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-8, atol=1e-9 * abs(w).max())
+        assert (e <= np.maximum(np.spacing(abs(g)), 1e-25)).all()
 
 
 def test_mpmath_is_asked_where_double_double_is_not_enough():

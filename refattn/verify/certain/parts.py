@@ -124,60 +124,62 @@ def _in(numbers, mechanism, inputs, options):
 
     leaves = {x: leaf(inputs[x]) for x in ("q", "k", "v", "S0", "z0") if x in inputs}
     leaves |= {x: leaf(options[x]) for x in ARRAYS if options.get(x) is not None}
-    n, m = inputs["q"].shape[-2], inputs["k"].shape[-2]
-    if options.get("fuse") in ("sum", "mean", "max", "weighted"):
-        n = options["block"]
-        step = n
-    else:
-        step = n if backward else max(1, PAIRS // max(1, m))
-    definition = DEFINITIONS[mechanism]
-    bands = []
-    for start in range(0, max(n, 1), max(step, 1)):
-        bands.append(definition(leaves, options, np.arange(start, min(n, start + step))))
+    bands = _bands(DEFINITIONS[mechanism], leaves, options, backward)
     lead = checks.lead(inputs["q"], inputs["k"], inputs["v"])
-    found = {"y": _stacked([b["y"].rounded() for b in bands], -2, lead)}
-    if not backward and options.get("causal") and "omega" in leaves:
-        # exponents are lessened by the largest of all keys that some row of the band sees, which
-        # may leave nothing of the keys that its first rows see: each again by itself
-        y, error = found["y"]
-        for row in np.flatnonzero(
-            (error > SLACK / 2 * np.spacing(np.abs(y))).any((-1, *_heads(y)))
-        ):
-            alone = definition(leaves, options, np.arange(row, row + 1))["y"].rounded()
-            y[..., row, :], error[..., row, :] = _better(
-                (y[..., row, :], error[..., row, :]), tuple(x[..., 0, :] for x in alone)
-            )
-    outputs = [(bands[0]["y"], inputs["dy"])] if backward else []
+    found = {"y": _over_rows(bands, "y", lead, axes=2)}
     if options.get("return_lse"):
-        whole = [b["lse"].rounded() for b in bands]
-        empty = [np.broadcast_to(b["empty"], w[0].shape) for b, w in zip(bands, whole, strict=True)]
-        whole = [
-            (np.where(x, -np.inf, w[0]), np.where(x, 0, w[1]))
-            for x, w in zip(empty, whole, strict=True)
-        ]
-        found["lse"] = _stacked(whole, -1, lead)
-        if "dlse" in inputs:
-            outputs.append((bands[0]["lse"], inputs["dlse"]))
-    if options.get("return_state"):
-        for name in ("S", "z"):
-            found[name] = _over_heads(bands[0][name].rounded(), lead, 2 if name == "S" else 1)
-            if f"d{name}" in inputs:
-                outputs.append((bands[0][name], inputs[f"d{name}"]))
+        found["lse"] = _over_rows(bands, "lse", lead, axes=1)
+    for name, axes in (("S", 2), ("z", 1)) if options.get("return_state") else ():
+        found[name] = _over_heads(bands[0][1][name].rounded(), lead, axes)
     if backward:
+        outputs = [(parts["y"], inputs["dy"][..., rows, :]) for rows, parts in bands]
+        if "dlse" in inputs:
+            outputs += [(parts["lse"], inputs["dlse"][..., rows]) for rows, parts in bands]
+        outputs += [(bands[0][1][x[1:]], inputs[x]) for x in ("dS", "dz") if x in inputs]
         wanted = [x for x in (name[1:] for name in PARTS) if x in leaves]
         grads = gradients(outputs, [leaves[x] for x in wanted])
         found |= {f"d{x}": g.rounded() for x, g in zip(wanted, grads, strict=True)}
     return found
 
 
-def _heads(y):
-    """The leading axes."""
-    return tuple(range(y.ndim - 2))
+def _bands(definition, leaves, options, backward):
+    """[(rows, parts)], some rows at a time; all at once where gradients go back through them."""
+    n, m = leaves["q"].shape[-2], leaves["k"].shape[-2]
+    step = max(1, n if backward else PAIRS // max(1, m))
+    if options.get("fuse") in ("sum", "mean", "max", "weighted"):
+        n = step = options["block"]
+    cuts = [np.arange(start, min(n, start + step)) for start in range(0, max(n, 1), step)]
+    bands = [(rows, definition(leaves, options, rows)) for rows in cuts]
+    if not (options.get("causal") and "omega" in leaves):
+        return bands
+    # Performer's exponents are lessened by the largest of all keys that some row of the band sees,
+    # which may leave nothing of the keys that its first rows see: those rows one by one
+    mended = []
+    for rows, parts in bands:
+        y, error = parts["y"].rounded()
+        bad = error > SLACK / 2 * np.spacing(np.abs(y))
+        bad = bad.any(axis=(*range(bad.ndim - 2), -1))
+        if bad.any() and len(rows) > 1:
+            alone = [rows[i : i + 1] for i in np.flatnonzero(bad)]
+            rest = [rows[~bad]] if not bad.all() else []
+            mended += [(some, definition(leaves, options, some)) for some in (*rest, *alone)]
+        else:
+            mended.append((rows, parts))
+    return mended
 
 
-def _stacked(parts, axis, lead):
-    value, error = (np.concatenate(x, axis=axis) for x in zip(*parts, strict=True))
-    return _over_heads((value, error), lead, -axis)
+def _over_rows(bands, name, lead, axes):
+    """One array of what the bands give, in the order of the rows, and its errors."""
+    order = np.argsort(np.concatenate([rows for rows, _ in bands]))
+    pairs = []
+    for _, parts in bands:
+        value, error = parts[name].rounded()
+        if name == "lse":
+            empty = np.broadcast_to(parts["empty"], value.shape)
+            value, error = np.where(empty, -np.inf, value), np.where(empty, 0, error)
+        pairs.append((value, error))
+    value, error = (np.concatenate(x, axis=-axes) for x in zip(*pairs, strict=True))
+    return _over_heads([np.take(x, order, axis=-axes) for x in (value, error)], lead, axes)
 
 
 def _over_heads(part, lead, axes):
