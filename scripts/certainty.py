@@ -33,8 +33,8 @@ rounded to float64, and for each number a bound on what is left; `truth_vjp` doe
   through these operations, so nothing is shared with the formulas or their vjps.
 - **In what arithmetic.** Double-double (two float64, about 31 digits) at every size; products of
   matrices by slices whose products are exact in BLAS (Ozaki et al. 2012). Where that leaves more
-  than half a unit in the last place and the work is small, at most 2^17 multiplications, mpmath
-  with 50, 100, then 200 digits. Above that size double-double's bound stands.
+  than half a unit in the last place and the work is small, at most 2^17 multiplications (with
+  gradients 2^15), mpmath with 50, 100, then 200 digits. Above that, double-double's bound stands.
 - **What is exact.** The mathematics: `scale=None` is 1/sqrt(d), not its float64; exponents have no
   end. A kernel whose features underflow differs from it by more than rounding.
 - **Where it gives up.** An infinite bound says that 0 could not be told from not 0 in a

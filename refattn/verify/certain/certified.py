@@ -14,8 +14,8 @@ def truth(mechanism, q, k, v, *, with_error=False, **options):
     The attention is computed a second time, by definitions that share no code with the formulas,
     on balls: numbers with a radius, which every operation carries along and adds its own rounding
     to. Arithmetic is double-double, about 31 digits, at every size. Where that leaves more than
-    half a unit in the last place and the work is small (2^17 products), it is mpmath's with 50, 100
-    and then 200 digits. Above that size the radius of double-double stands.
+    half a unit in the last place and the work is small (2^17 products; with gradients 2^15), it is
+    mpmath's with 50, 100 and then 200 digits. Above that size the radius of double-double stands.
 
     Parameters
     ----------

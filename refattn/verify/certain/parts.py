@@ -57,7 +57,8 @@ def _products(inputs, options):
     m, e = inputs["v"].shape[-2:]
     heads = np.prod(checks.lead(inputs["q"], inputs["k"], inputs["v"]), dtype=int)
     features = max([d, *(len(options[x]) for x in ("omega",) if options.get(x) is not None)])
-    return heads * (n * m * (features + e) + (n + m) * features * d)
+    back = 4 if "dy" in inputs else 1
+    return back * heads * (n * m * (features + e) + (n + m) * features * d)
 
 
 def _as_floats(mechanism, inputs, options):
