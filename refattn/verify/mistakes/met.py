@@ -13,6 +13,7 @@ MET = {
     "scale of the wrong dimension": "lucidrains/vit-pytorch #65: the model's width, not the head's",
     "strict causal": "pbloem/former #10: an offset that hides the diagonal",
     "top-left alignment": "Dao-AILab/flash-attention #282, #402: decoding with more keys than queries",
+    "last row unmasked": "onnxruntime 1.32, MultiHeadAttention with unidirectional",
     "bottom-right alignment": "ml-explore/mlx #2835: is_causal compared with torch's",
     "mask inverted": "rasbt/LLMs-from-scratch #1061: MultiheadAttention's mask given to SDPA",
     "mask transposed": "hyunwoongko/transformer #40: a key mask spread over queries",

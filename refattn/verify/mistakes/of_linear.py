@@ -67,19 +67,17 @@ def _performer_without_norms(run, q, k, v, options):
 
 
 def _stabilised_by_all(epsilon):
-    """phi_k = exp(b - max over all keys) + epsilon, in float32."""
+    """phi_k = exp(omega k - |k|^2 / 2 - max of all omega k) + epsilon, in float32."""
 
     def output(run, q, k, v, options):
         if options.get("kind", "positive") != "positive" or options.get("key_mask") is not None:
             return None
-        root, omega = scale_of(q, options) ** 0.5, options["omega"]
-        a, b = (
-            (root * x) @ omega.T - (root * x * root * x).sum(axis=1, keepdims=True) / 2
-            for x in (q, k)
-        )
-        a = np.exp(a - a.max(axis=1, keepdims=True)).astype(np.float32) + epsilon
-        b = np.exp(b - b.max()).astype(np.float32) + epsilon
-        pairs = (a @ b.T).astype(float)
+        root, omega, features = scale_of(q, options) ** 0.5, options["omega"], []
+        for x, axis in ((root * q, 1), (root * k, None)):
+            t = x @ omega.T
+            less = t - (x * x).sum(axis=1, keepdims=True) / 2 - t.max(axis=axis, keepdims=True)
+            features.append(np.exp(less).astype(np.float32) + np.float32(epsilon))
+        pairs = (features[0] @ features[1].T).astype(float)
         pairs = np.tril(pairs) if options.get("causal") else pairs
         return (pairs @ v) / pairs.sum(axis=1, keepdims=True)
 
@@ -171,7 +169,7 @@ MISTAKES = [
     *(
         Mistake(
             "epsilon in the features",
-            f"{epsilon:g} is added to exp(. - the largest of all keys), so later keys reach "
+            f"{epsilon:g} is added to exp(. - the largest omega k of all), so later keys reach "
             "earlier queries, and far ones are buried",
             ("performer_attention",),
             _stabilised_by_all(epsilon),

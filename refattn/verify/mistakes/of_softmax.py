@@ -89,6 +89,16 @@ def _top_left(run, q, k, v, options):
     return _masked(seen & visible(n, m, free), q, k, v, options)
 
 
+def _last_row_free(run, q, k, v, options):
+    """Aligned at the first key, but for the last query, which sees every key."""
+    if not options.get("causal") or "window" in options:
+        return None
+    seen = np.tri(len(q), len(k), dtype=bool)
+    seen[-1] = True
+    free = {key: x for key, x in options.items() if key not in ("causal", "top_left")}
+    return _masked(seen & visible(len(q), len(k), free), q, k, v, options)
+
+
 def _bottom_right(run, q, k, v, options):
     """Aligned at the last key, where the kernel's library aligns at the first."""
     bounded = options.get("causal") or "window" in options
@@ -216,6 +226,12 @@ MISTAKES = [
         "query i stands at key i; with n != m the last query should stand at the last key",
         ("softmax_attention", "local_attention"),
         _top_left,
+    ),
+    Mistake(
+        "last row unmasked",
+        "query i stands at key i, but the last query sees every key",
+        ("softmax_attention",),
+        _last_row_free,
     ),
     Mistake(
         "bottom-right alignment",
