@@ -254,6 +254,7 @@ def unpool(dx, dsummary, x, parts, pool):
             inside += d / (own.stop - own.start)
         else:
             first = x[..., own, :].argmax(axis=-2)[..., None, :]
+            first = np.broadcast_to(first, d.shape)  # x may have fewer leading axes than dx
             kept = np.take_along_axis(inside, first, axis=-2)
             np.put_along_axis(inside, first, kept + d, axis=-2)
 
