@@ -98,6 +98,7 @@ CONVENTIONS = {
         "numpy",
         causal="top-left",
         mask="True = may attend; real numbers are added",
+        tested=True,
         note="Without a cache; with past keys the last query stands at the last key. Windows since "
         "opset 25. sqrt(scale) multiplies q and k apart. Softcap ahead of the mask since pull "
         "request 7867.",
@@ -111,7 +112,8 @@ CONVENTIONS = {
         mask="none",
         epsilon=1e-10,
         scaled_linear=True,
-        note="Always causal, n = m. No feature map inside: the kernel under test applies it. "
+        tested=True,
+        note="Its plain references, not its Triton kernels. Always causal, n = m. No feature map inside: the kernel under test applies it. "
         "normalize is True in the chunked forms and False in the recurrent ones.",
     ),
     "xformers": Convention(
