@@ -113,8 +113,9 @@ CONVENTIONS = {
         epsilon=1e-10,
         scaled_linear=True,
         tested=True,
-        note="Its plain references, not its Triton kernels. Always causal, n = m. No feature map inside: the kernel under test applies it. "
-        "normalize is True in the chunked forms and False in the recurrent ones.",
+        note="Its plain references, not its Triton kernels. Always causal, n = m. No feature map "
+        "inside: the kernel under test applies it. By its documents normalize is True in the chunked "
+        "forms and False in the recurrent ones.",
     ),
     "xformers": Convention(
         "xformers.ops.memory_efficient_attention",
