@@ -114,7 +114,7 @@ CONVENTIONS = {
         scaled_linear=True,
         tested=True,
         note="Its plain references, not its Triton kernels. Always causal, n = m. No feature map "
-        "inside: the kernel under test applies it. By its documents normalize is True in the chunked "
+        "inside: the kernel under test applies it. As documented, normalize is True in the chunked "
         "forms and False in the recurrent ones.",
     ),
     "xformers": Convention(
