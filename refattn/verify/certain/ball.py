@@ -10,6 +10,7 @@ import itertools
 
 import numpy as np
 
+UNDER = 1 - 2.0**-40  # a size is rounded up; times this it is at most what it stands for
 _ages = itertools.count()
 
 
@@ -86,7 +87,7 @@ class Ball:
         safe = b.numbers.each(lambda x, o: np.where(b.numbers.is_zero(b.mid), o, x), b.mid, one)
         mid = self.numbers.divide(a.mid, safe)
         mid = self.numbers.each(lambda x: np.where(zero, 0 * x, x), mid)
-        room = b.size - b.rad
+        room = b.size * UNDER - b.rad
         unknown = ~np.asarray(room > 0, bool)
         size = self.numbers.size(mid)
         rad = (a.rad + size * b.rad) / np.where(unknown, 1, room) * (1 + 2.0**-40)
@@ -138,7 +139,7 @@ class Ball:
 
     def log(self):
         """Of balls without 0."""
-        me, room = self.plain, self.size - self.rad
+        me, room = self.plain, self.size * UNDER - self.rad
         safe = np.asarray(room > 0, bool)
         slope = np.where(safe, 1, np.inf) / np.where(safe, room, 1)
         return self._function(self.numbers.log(self.mid), slope, lambda g, value: g.over(me))
