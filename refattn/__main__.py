@@ -1,4 +1,5 @@
-"""python -m refattn check | cost | bench: hold a kernel against the truth; count and time ours."""
+"""python -m refattn check | vectors | cost | bench: hold a kernel against the truth, or write the
+truth down; count and time ours."""
 
 import argparse
 import contextlib
@@ -29,6 +30,11 @@ CHECK = (
     "Call MODULE:FUNCTION as kernel(q, k, v), arrays (..., n, d), (..., m, d), (..., m, e) to "
     "(..., n, e), and compare with the truth in float64. Exit status 0 where it is right, 1 where "
     "it is not, 2 where it could not be asked."
+)
+VECTORS = (
+    "Write inputs, options, right outputs and gradients in float64, and how far off a kernel may "
+    "be: every mechanism, dtype and edge case, as .safetensors and .npz with a manifest.json. The "
+    "same bytes each time. docs/vectors.md has readers in Python and C++."
 )
 CHECK_EXAMPLES = """examples:
   Your own local attention, in kernels.py of this folder, on NumPy arrays:
@@ -67,6 +73,7 @@ def parser():
         help="a dict of options, or a function that returns one: for arrays and functions, such as "
         "mask, omega, E or gate",
     )
+    add_vectors(commands)
     add_cost(commands)
     times = commands.add_parser(
         "bench",
@@ -146,6 +153,21 @@ def add_cases(one):
     )
 
 
+def add_vectors(commands):
+    one = commands.add_parser(
+        "vectors",
+        help="write cases with their right outputs and budgets, for kernels in any language",
+        description=textwrap.fill(VECTORS, 90),
+        epilog="example: python -m refattn vectors build/vectors --only softmax_attention",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    one.add_argument("folder", metavar="OUT", help="where to write; made where it is missing")
+    one.add_argument(
+        "--only", default="", metavar="WORD", help="cases whose name holds this, such as float32"
+    )
+    one.add_argument("--small", action="store_true", help="the few that come with refattn")
+
+
 def add_cost(commands):
     costs = commands.add_parser(
         "cost",
@@ -168,11 +190,15 @@ def run_check(options):
     return 0 if report.passed else 1
 
 
+def shown():
+    """Whether somebody is there to look at a bar."""
+    return sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
+
+
 def checked(options):
     gradients = options.gradients
     if isinstance(gradients, str):
         gradients = load_function(gradients, "gradients")
-    shown = not options.json and sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
     kernel, inner = load_function(options.kernel, "kernel"), mechanism_options(options)
     return check(
         kernel,
@@ -185,10 +211,20 @@ def checked(options):
         cases=options.size or options.cases,
         lead=options.lead,
         time_limit=options.time_limit,
-        progress=shown,
+        progress=not options.json and shown(),
         hint="The kernel returned nothing.",
         **inner,
     )
+
+
+def run_vectors(options):
+    from refattn.verify import vectors  # whose table is built when it is imported
+
+    cases = vectors.made(options.only, small=options.small, progress=shown())
+    digest = vectors.write(options.folder, cases)
+    print(f"{vectors.counted(cases)} in {options.folder}")
+    print(f"digest {digest}")
+    return 0
 
 
 def run_cost(options):
@@ -223,7 +259,7 @@ def run_bench(options):
     return 0
 
 
-RUN = {"check": run_check, "cost": run_cost, "bench": run_bench}
+RUN = {"check": run_check, "vectors": run_vectors, "cost": run_cost, "bench": run_bench}
 
 
 def main(arguments=None):

@@ -10,6 +10,7 @@ import pytest
 import refattn
 from refattn.__main__ import main
 from refattn.verify.shell import MECHANISMS
+from refattn.verify.vectors import load as load_vectors
 
 KERNELS = """
 import sys
@@ -361,3 +362,47 @@ def test_bench(capsys, monkeypatch):
     assert compiled > cached > 0
     assert main(["bench", "--only", "abacus"]) == 2
     assert "no work's name holds 'abacus'" in capsys.readouterr().err
+
+
+def vectors(capsys, *arguments):
+    """The exit status, what was printed, and what went to stderr."""
+    try:
+        status = main(["vectors", *map(str, arguments)])
+    except SystemExit as stopped:
+        status = stopped.code
+    return status, *capsys.readouterr()
+
+
+def test_vectors_are_written_and_counted(tmp_path, capsys):
+    folder = tmp_path / "new" / "vectors"
+    status, out, err = vectors(capsys, folder, "--only", "merge_attention/two parts")
+    counted, digest = out.splitlines()
+    assert status == 0 and err == ""
+    assert counted == f"4 cases of 1 mechanism in {folder}"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert digest == f"digest {manifest['digest']}"
+    cases = load_vectors(folder)
+    assert [case.label for case in cases] == ["two parts"] * 4
+
+
+def test_vectors_of_the_small_set_alone(tmp_path, capsys):
+    status, out, _ = vectors(capsys, tmp_path, "--small", "--only", "merge_attention/")
+    shipped = load_vectors(mechanism="merge_attention")
+    assert status == 0 and out.startswith(f"{len(shipped)} cases")
+
+
+def test_vectors_that_cannot_be_written_are_refused(tmp_path, capsys):
+    status, out, err = vectors(capsys, tmp_path, "--only", "no such case")
+    assert (status, out) == (2, "")
+    assert "no case's name holds 'no such case'; names are like 'gated_attention/" in err
+    (tmp_path / "notes.txt").write_text("mine")
+    status, out, err = vectors(capsys, tmp_path, "--only", "merge_attention/two parts/float32")
+    assert (status, out) == (2, "") and "holds notes.txt; expected an empty folder" in err
+    assert vectors(capsys)[0] == 2
+
+
+def test_vectors_show_a_bar_where_somebody_looks(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    _, _, err = vectors(capsys, tmp_path, "--only", "merge_attention/two parts")
+    assert "merge_attention/two parts/float32" in err and "%" in err
