@@ -109,9 +109,6 @@ class Ball:
             rad = rad + a.size @ np.broadcast_to(b.rad, b.shape)
         if np.any(a.rad):
             rad = rad + np.broadcast_to(a.rad, a.shape) @ (b.size + b.rad)
-        if self.numbers.tiny:
-            some = (a.size > 0).any(-1)[..., :, None] & (b.size > 0).any(-2)[..., None, :]
-            rad = rad + self.numbers.tiny * some
         return self._new(
             mid,
             rad,

@@ -89,6 +89,24 @@ def performer_attention(inputs, options, rows):
     return {"y": (w @ inputs["v"]).over(w.sum(-1, keepdims=True))}
 
 
+RISE = 200.0  # of a band's exponents: e^200 leaves double-double all its digits
+
+
+def cuts_of_exponents(inputs, options):
+    """Where causal queries must be cut, so that the shift of a band's exponents, the largest of all
+    keys that its last row sees, buries none that its first row sees."""
+    root, kind = scale_of(inputs, options).root(), options.get("kind", "positive")
+    b, _ = exponents(inputs["k"].plain * root, inputs["omega"].plain, kind)
+    b = np.where(keys_of(inputs, options)[..., None], b.float_mid(), -np.inf)
+    top = np.moveaxis(np.maximum.accumulate(b, axis=-2), -2, 0)  # (m, ...)
+    cuts, first = set(), 0
+    for i in range(1, len(top)):
+        if not (top[i] <= top[first] + RISE).all():
+            cuts.add(i)
+            first = i
+    return cuts
+
+
 def exponents(x, omega, kind):
     """The exponents of x's features, and what multiplies their exponentials."""
     t, half = x @ omega.mT, (x * x).sum(-1, keepdims=True) * 0.5
@@ -117,6 +135,8 @@ def block_attention(inputs, options, rows):
         if fuse == "weighted":
             y = y * inputs["weights"][..., start // block, None, None]
         parts.append(y[..., None, :, :])
+    if not parts:
+        return {"y": inputs["v"].sum(-2, keepdims=True) + np.zeros((block, 1))}
     together = joined(parts, -3)
     if fuse == "max":
         return {"y": together.first_largest(len(together.shape) - 3)}

@@ -265,5 +265,8 @@ def matmul(x, y):
         part = left @ right
         found = Double(part) if found is None else plus(found, part)
         error = error + UNIT / 8 * np.abs(found.hi)
-    cut = 4 * count * inner * 2.0 ** (-bits * count) * high * wide
+    cut = 4 * count * inner * 2.0 ** (-bits * count) * high * wide + inner * TINY
+    if (found.hi == 0).any():  # exactly, where in each term a factor is 0
+        terms = (x.hi != 0).astype(float) @ (y.hi != 0).astype(float)
+        cut = np.where(terms == 0, 0.0, cut)
     return found, error + cut

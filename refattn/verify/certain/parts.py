@@ -1,10 +1,17 @@
 """What an attention and its gradient are on given inputs, each number with a bound on its error."""
 
+import itertools
+
 import numpy as np
 
 from refattn import checks
 from refattn.verify.certain.ball import Ball, gradients
-from refattn.verify.certain.definitions import DEFINITIONS, keys_of, visible_pairs
+from refattn.verify.certain.definitions import (
+    DEFINITIONS,
+    cuts_of_exponents,
+    keys_of,
+    visible_pairs,
+)
 from refattn.verify.certain.numbers import Digits, DoubleDouble
 
 # Options that are real arrays; those with a gradient first, in signature order.
@@ -144,34 +151,21 @@ def _in(numbers, mechanism, inputs, options):
 
 
 def _bands(definition, leaves, options, backward):
-    """[(rows, parts)], some rows at a time; all at once where gradients go back through them."""
+    """[(rows, parts)], some rows at a time; as many as possible where gradients go back."""
     n, m = leaves["q"].shape[-2], leaves["k"].shape[-2]
     step = max(1, n if backward else PAIRS // max(1, m))
     if options.get("fuse") in ("sum", "mean", "max", "weighted"):
         n = step = options["block"]
-    cuts = [np.arange(start, min(n, start + step)) for start in range(0, max(n, 1), step)]
-    bands = [(rows, definition(leaves, options, rows)) for rows in cuts]
-    if not (options.get("causal") and "omega" in leaves):
-        return bands
-    # Performer's exponents are lessened by the largest of all keys that some row of the band sees,
-    # which may leave nothing of the keys that its first rows see: those rows one by one
-    mended = []
-    for rows, parts in bands:
-        y, error = parts["y"].rounded()
-        bad = error > SLACK / 2 * np.spacing(np.abs(y))
-        bad = bad.any(axis=(*range(bad.ndim - 2), -1))
-        if bad.any() and len(rows) > 1:
-            alone = [rows[i : i + 1] for i in np.flatnonzero(bad)]
-            rest = [rows[~bad]] if not bad.all() else []
-            mended += [(some, definition(leaves, options, some)) for some in (*rest, *alone)]
-        else:
-            mended.append((rows, parts))
-    return mended
+    cuts = {0, *range(0, n, step)}
+    if options.get("causal") and "omega" in leaves:
+        cuts |= cuts_of_exponents(leaves, options)
+    cuts = [*sorted(cuts), max(n, 0)]
+    rows = [np.arange(*ends) for ends in itertools.pairwise(cuts)]
+    return [(some, definition(leaves, options, some)) for some in rows]
 
 
 def _over_rows(bands, name, lead, axes):
-    """One array of what the bands give, in the order of the rows, and its errors."""
-    order = np.argsort(np.concatenate([rows for rows, _ in bands]))
+    """One array of what the bands give, and its errors."""
     pairs = []
     for _, parts in bands:
         value, error = parts[name].rounded()
@@ -180,7 +174,7 @@ def _over_rows(bands, name, lead, axes):
             value, error = np.where(empty, -np.inf, value), np.where(empty, 0, error)
         pairs.append((value, error))
     value, error = (np.concatenate(x, axis=-axes) for x in zip(*pairs, strict=True))
-    return _over_heads([np.take(x, order, axis=-axes) for x in (value, error)], lead, axes)
+    return _over_heads((value, error), lead, axes)
 
 
 def _over_heads(part, lead, axes):
