@@ -354,3 +354,22 @@ def test_options_may_be_of_another_library():
     mask = torch.tril(torch.ones(13, 13, dtype=torch.bool))
     report = check(softmax, "softmax_attention", mask=mask)
     assert not report.passed and report.diagnosis[0].startswith("mask ignored")
+
+
+@pytest.mark.parametrize("fuse", ["sum", "mean", "max", "weighted"])
+def test_blocks_fused_into_one(fuse):
+    """The output has one block's rows; a wrong one is refused, without a map of its rows."""
+    options = {"block": 4, "fuse": fuse}
+    if fuse == "weighted":
+        options["weights"] = np.array([0.5, -1.0, 2.0], np.float32)
+
+    def kernel(q, k, v):
+        return refattn.block_attention(q, k, v, **options)
+
+    def backward(dy, q, k, v):
+        return refattn.block_attention_vjp(dy, q, k, v, **options)[:3]
+
+    asked = {"cases": [(12, 12, 3, 5)], **options}
+    assert check(kernel, "block_attention", gradients=backward, **asked).passed
+    wrong = check(lambda *x: 1.1 * kernel(*x), "block_attention", **asked)
+    assert not wrong.passed and not wrong.findings

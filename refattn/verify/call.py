@@ -55,8 +55,8 @@ class Caller:
             if y is None or y is ...:
                 return Answers({"y": y})
             after = {name: self.library.take(x) for name, x in zip(named, given, strict=True)}
-        wanted = {"y": (*q.shape[:-1], v.shape[-1])}
-        arrays = {"y": self._back(y, wanted["y"])}
+        shape = (*q.shape[:-1], v.shape[-1]) if dy is None else dy.shape
+        arrays = {"y": self._back(y, shape)}
         if self.gradients:
             arrays |= self._gradients(grads, (q, k, v))
         return Answers(arrays, _manners(arrays, after, kept))

@@ -117,6 +117,8 @@ def cast(value, dtype):
     return value
 
 
+# Of block_attention: an output of one block's rows.
+FUSED = ("sum", "mean", "max", "weighted")
 # Which sizes the last axes of an option's array are.
 AXES = {"mask": "nm", "bias": "nm", "gate": "ne", "key_mask": "m", "E": "m", "omega": "d"}
 
@@ -172,7 +174,8 @@ def trials(mechanism, cases, dtype, options, lead=(), same_columns=False):
             continue
         done.add((make, n, m, d, e))
         rng = np.random.default_rng([n, m, d, e, zlib.crc32(name.encode())])
-        shapes = ((n, d), (m, d), (m, e), (n, e))
+        rows = options["block"] if options.get("fuse") in FUSED else n
+        shapes = ((n, d), (m, d), (m, e), (rows, e))
         q, k, v, dy = (rng.standard_normal((*lead, *shape)) for shape in shapes)
         v = rng.uniform(*VALUES, v.shape)
         if make is not None:

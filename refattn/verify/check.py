@@ -164,7 +164,8 @@ def check(
     known, found = (), ()
     if any(line.trouble for line in lines):
         known = tuple(f"{m.name}: {m.tells}" for m in equal_mistakes(name, reference, seen))
-        found = () if known else _findings(seen)
+        by_rows = all(x.wanted["y"].value.shape[-2] == x.trial.q.shape[-2] for x in seen)
+        found = () if known or not by_rows else _findings(seen)
     note = too_short(cases, options)
     found = (*found, note) if note else found
     return Report(title, lines, diagnosis=known, findings=found, seen=seen)

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 
 from refattn import checks
+from refattn.verify.cases import FUSED
 from refattn.verify.certain.ball import Ball, gradients
 from refattn.verify.certain.definitions import (
     DEFINITIONS,
@@ -154,7 +155,7 @@ def _bands(definition, leaves, options, backward):
     """[(rows, parts)], some rows at a time; as many as possible where gradients go back."""
     n, m = leaves["q"].shape[-2], leaves["k"].shape[-2]
     step = max(1, n if backward else PAIRS // max(1, m))
-    if options.get("fuse") in ("sum", "mean", "max", "weighted"):
+    if options.get("fuse") in FUSED:
         n = step = options["block"]
     cuts = {0, *range(0, n, step)}
     if options.get("causal") and "omega" in leaves:
