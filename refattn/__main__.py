@@ -220,6 +220,7 @@ def checked(options):
 def run_vectors(options):
     from refattn.verify import vectors  # whose table is built when it is imported
 
+    vectors.free(options.folder)  # refused before minutes of work
     cases = vectors.made(options.only, small=options.small, progress=shown())
     digest = vectors.write(options.folder, cases)
     print(f"{vectors.counted(cases)} in {options.folder}")
@@ -267,7 +268,7 @@ def main(arguments=None):
     options = parser().parse_args(arguments)
     try:
         return RUN[options.command](options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print(f"python -m refattn {options.command}: {error}", file=sys.stderr)
         return 2
 

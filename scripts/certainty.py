@@ -35,10 +35,14 @@ rounded to float64, and for each number a bound on what is left; `truth_vjp` doe
   matrices by slices whose products are exact in BLAS (Ozaki et al. 2012). Where that leaves more
   than half a unit in the last place and the work is small, at most 2^17 multiplications (with
   gradients 2^15), mpmath with 50, 100, then 200 digits. Above that, double-double's bound stands.
-- **What is exact.** The mathematics: `scale=None` is 1/sqrt(d), not its float64; exponents have no
-  end. A kernel whose features underflow differs from it by more than rounding.
-- **Where it gives up.** An infinite bound says that 0 could not be told from not 0 in a
-  denominator, or which of two equal maxima is the first.
+- **What is exact.** The mathematics: `scale=None` is 1/sqrt(d), not its float64. A kernel whose
+  features underflow differs from it by more than rounding.
+- **What is proven.** Bounds of sums and products; those of exp, log, cos and tanh in double-double
+  are measured against mpmath, with two bits to spare.
+- **Where it gives up.** Exponents have no end in mpmath; in double-double numbers end at 1e299, and
+  what lies under 2^-960 is lost. An infinite bound says that 0 could not be told from not 0, which
+  of two maxima is the first, that a number left that range, or that a logit is known to no better
+  than 1/2; the value beside it means nothing and may be NaN.
 
 """
 

@@ -449,3 +449,109 @@ def test_the_page_has_every_hard_case():
         line = f"| {case.mechanism.removesuffix('_attention')} | {case.name} | "
         assert page.count(line) == 1, f"{line}: run make certainty"
     assert page.count("\n| ") == len(HARD) + 2
+
+
+def one(*rows):
+    return np.array(rows, float)
+
+
+FEW = [2**17, 0]  # with mpmath's help, and without
+
+
+@pytest.mark.parametrize("few", FEW)
+class TestTheEdges:
+    """What a reading by fresh eyes refuted once."""
+
+    @pytest.fixture(autouse=True)
+    def without(self, few, monkeypatch):
+        monkeypatch.setattr("refattn.verify.certain.parts.FEW", few)
+
+    def holds(self, mechanism, wanted, *inputs, **options):
+        y, error = truth(mechanism, *inputs, with_error=True, **options)
+        with np.errstate(invalid="ignore"):
+            assert ((abs(y - wanted) <= error) | np.isinf(error)).all()
+        return y, error
+
+    def test_features_that_underflow_are_not_nothing(self):
+        q, k, v = one([-3000]), one([-3000], [-3000]), one([1], [4])
+        self.holds("linear_attention", 2.5, q, k, v)
+
+    @pytest.mark.parametrize("size", [1e18, 1e20])
+    def test_angles_beyond_reach(self, size, few):
+        q, k, v = one([0.3], [-0.7]), one([1], [-1]), one([1], [2])
+        omega = one([size], [1.25 * size])
+        exact = exact_of("performer_attention", q, k, v, {"omega": omega, "kind": "trig"})
+        wanted = exact.astype(float)
+        _, error = self.holds("performer_attention", wanted, q, k, v, omega=omega, kind="trig")
+        assert np.isfinite(error).all() or not few
+
+    def test_a_huge_logit_is_not_an_empty_row(self, few):
+        x = one([1])
+        (y, lse), (_, error) = truth(
+            "softmax_attention", 1e300 * x, x, x, return_lse=True, with_error=True
+        )
+        assert lse == 1e300 or np.isinf(error)
+
+    def test_hidden_nan_beside_a_state(self):
+        rng = np.random.default_rng(7)
+        q, k, v = (rng.standard_normal((3, 2)) for _ in range(3))
+        options = {"key_mask": np.zeros(3, bool), "return_state": True}
+        options["initial_state"] = rng.standard_normal((2, 2)), 1 + rng.random(2)
+        wanted = truth("linear_attention", q, k, v, **options)
+        k[0] = np.nan
+        found = truth("linear_attention", q, k, v, **options)
+        for a, b in zip(flat(found), flat(wanted), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_the_first_of_maxima_that_nearly_agree(self):
+        k, v = one([0], [1e-300], [0], [0]), one([1], [-1], [0], [0])
+        ones = np.ones((4, 1))
+        options = {"block": 2, "fuse": "max", "with_error": True}
+        grads, errors = truth_vjp("block_attention", np.ones((2, 1)), ones, k, v, **options)
+        exact = one([0.0], [0.0], [1.0], [1.0])  # block 0 is below 0, by 5e-301
+        assert (abs(grads[2] - exact) <= errors[2]).all()
+
+    def test_products_of_the_smallest_and_the_largest(self):
+        q, k = one([0, 1e-288]), one([1e298, 1e257], [0, 0])
+        exact = exact_of("softmax_attention", q, k, one([1], [-1]), {"scale": 1e20})
+        self.holds("softmax_attention", exact.astype(float), q, k, one([1], [-1]), scale=1e20)
+
+    def test_infinities_in_other_arrays_are_not_zeros(self):
+        x = np.ones((2, 1))
+        y, error = truth("linformer_attention", x, x, x, E=one([-np.inf, 1]), with_error=True)
+        assert np.isinf(error).all() and np.isnan(y).all()
+
+    @pytest.mark.parametrize("lowest", [-3.4e38, np.finfo(float).min, -1e9])
+    def test_masks_of_very_low_numbers(self, lowest):
+        rng = np.random.default_rng(8)
+        q, k, v, dy = (rng.standard_normal((9, 3)) for _ in range(4))
+        hidden = rng.random((9, 9)) < 0.4
+        bias, same = np.where(hidden, lowest, 0.0), {"mask": ~hidden}
+        y, error = truth("softmax_attention", q, k, v, bias=bias, with_error=True)
+        np.testing.assert_array_equal(y, truth("softmax_attention", q, k, v, **same))
+        assert (error <= np.spacing(abs(y))).all()
+        grads, errors = truth_vjp("softmax_attention", dy, q, k, v, bias=bias, with_error=True)
+        assert all((e <= 1e-15).all() for e in errors)
+
+
+def test_cotangents_with_more_axes_than_their_scores():
+    rng = np.random.default_rng(9)
+    q, k, v, dy, dlse = (
+        rng.standard_normal(shape) for shape in [(4, 3), (4, 3), (2, 4, 3), (2, 4, 3), (2, 4)]
+    )
+    found = truth_vjp("softmax_attention", dy, q, k, v, dlse=dlse)
+    wanted = refattn.softmax_attention_vjp(dy, q, k, v, dlse=dlse)
+    for g, w in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("case", cases([(7, 7, 4, 5), (3, 5, 2, 1)], scale=30.0), ids=str)
+def test_double_double_by_itself(case, monkeypatch):
+    """Without mpmath's help, which hides faults of double-double in small cases."""
+    monkeypatch.setattr("refattn.verify.certain.parts.FEW", 0)
+    q, k, v, options = case.build()
+    y, error = truth(case.mechanism.name, q, k, v, with_error=True, **options)
+    exact = exact_of(case.mechanism.name, q, k, v, options)
+    with mpmath.workdps(MANY):
+        assert ((np.abs(exact - y) <= error) | np.isinf(error)).all()
+    assert np.isfinite(error).mean() > 0.9

@@ -3,6 +3,8 @@
 pytest finds it wherever refattn is installed; what it needs is imported when a test asks for it.
 """
 
+from collections import Counter
+
 import pytest
 
 FIXTURE = "refattn_case"
@@ -35,17 +37,23 @@ def pytest_generate_tests(metafunc):
     if FIXTURE not in metafunc.fixturenames:
         return
     asked = _asked(metafunc)
+    words, where = "", ""
     try:
-        cases = _cases(metafunc.config, asked)
-    except ValueError as error:
-        _refuse(metafunc, str(error))
-    if not cases:
-        words = ", ".join(f"{name}={x!r}" for name, x in asked.items())
-        _refuse(metafunc, f"no vector fits refattn({words})")
-    try:
-        chosen = _of_command_line(metafunc.config, cases)
-    except ValueError as error:
-        _refuse(metafunc, f"on the command line {error}")
+        cases, why_not = _cases(metafunc.config, asked)
+        if cases:
+            where = "on the command line "
+            chosen = _of_command_line(metafunc.config, cases)
+        else:
+            came = ", ".join(f"{name}={x!r}" for name, x in asked.items())
+            words = f"no vector fits refattn({came}): {why_not}"
+    except (ValueError, TypeError) as error:
+        words = f"{where}{error}"
+    if words:  # outside of the except: pytest would print what was caught a second time
+        _refuse(metafunc, words)
+    if not chosen:
+        skip = pytest.mark.skip(reason="the command line leaves none of its vectors")
+        metafunc.parametrize(FIXTURE, [pytest.param(None, marks=skip)], ids=["none"], indirect=True)
+        return
     ids = [case.name.replace(", ", "-").replace("/", "-").replace(" ", "-") for case in chosen]
     given = [(case, asked.get("like")) for case in chosen]
     metafunc.parametrize(FIXTURE, given, ids=ids, indirect=True)
@@ -89,18 +97,39 @@ def _cases(config, asked):
     from refattn.verify.like import convention_of
     from refattn.verify.vectors.judged import differs
 
-    convention = convention_of(asked.get("like"))
-    takes = asked.get("takes")
-    takes = [takes] if isinstance(takes, str) else takes
-    found = []
+    convention, takes = convention_of(asked.get("like")), _takes(asked)
+    found, left_out = [], Counter()
     for case in _loaded(config, asked["mechanism"], asked.get("dtype")):
-        given = set(case.options) - {"return_lse", "return_state"}
-        fits = not differs(case, convention) and (takes is None or given <= set(takes))
-        if asked.get("gradients"):
-            fits = fits and "dy" in case.inputs and not {"dlse", "dS"} & set(case.inputs)
-        if fits:
+        more = set() if takes is None else set(case.options) - takes
+        pulled = "dy" not in case.inputs or {"dlse", "dS"} & set(case.inputs)
+        why = differs(case, convention)
+        if not why and more:
+            why = f"takes lacks {', '.join(sorted(more))}"
+        elif not why and asked.get("gradients") and pulled:
+            why = "no gradients through y alone"
+        if why:
+            left_out[why] += 1
+        else:
             found.append(case)
-    return found
+    why_not = "; ".join(f"{count} left out, {why}" for why, count in left_out.items())
+    if config.getoption("--refattn-vectors") is None:
+        why_not += ". `python -m refattn vectors DIR` writes more, for --refattn-vectors DIR"
+    return found, why_not
+
+
+def _takes(asked):
+    """The options of ``takes``, which some mechanism must have."""
+    from refattn.verify.shell import MECHANISMS, taken
+    from refattn.verify.vectors.judged import RETURNS
+
+    if asked.get("takes") is None:
+        return None
+    takes = {asked["takes"]} if isinstance(asked["takes"], str) else set(asked["takes"])
+    known = set(RETURNS).union(*map(taken, MECHANISMS)) - {"options"}
+    if takes - known:
+        came, expected = (", ".join(sorted(map(str, x))) for x in (takes - known, known))
+        raise ValueError(f"takes has {came}; expected some of {expected}")
+    return takes | set(RETURNS)
 
 
 def _of_command_line(config, cases):

@@ -11,6 +11,7 @@ import itertools
 import numpy as np
 
 UNDER = 1 - 2.0**-40  # a size is rounded up; times this it is at most what it stands for
+FAINT = 2.0**-960  # more than e^-1000
 _ages = itertools.count()
 
 
@@ -66,7 +67,7 @@ class Ball:
         rad = a.size * b.rad + a.rad * b.size + a.rad * b.rad
         rad = rad + self.numbers.unit * self.numbers.size(mid)
         if self.numbers.tiny:
-            rad = rad + self.numbers.tiny * ((a.size > 0) & (b.size > 0))
+            rad = rad + self.numbers.tiny * ((a.size + a.rad > 0) & (b.size + b.rad > 0))
         return self._new(
             mid,
             rad,
@@ -90,7 +91,8 @@ class Ball:
         room = b.size * UNDER - b.rad
         unknown = ~np.asarray(room > 0, bool)
         size = self.numbers.size(mid)
-        rad = (a.rad + size * b.rad) / np.where(unknown, 1, room) * (1 + 2.0**-40)
+        lost = 8 * np.spacing(0.0) if self.numbers.tiny else 0.0  # where b times a digit underflows
+        rad = (a.rad + size * b.rad + lost) / np.where(unknown, 1, room) * (1 + 2.0**-40)
         rad = rad + self.numbers.unit * size + self.numbers.tiny
         rad = np.where(zero, 0, np.where(unknown, np.inf, rad))
         found = self._new(mid, rad)
@@ -109,6 +111,9 @@ class Ball:
             rad = rad + a.size @ np.broadcast_to(b.rad, b.shape)
         if np.any(a.rad):
             rad = rad + np.broadcast_to(a.rad, a.shape) @ (b.size + b.rad)
+        if self.numbers.tiny and (np.any(a.rad) or np.any(b.rad)):  # products of radii underflow
+            a_some, b_some = ((x.size + x.rad > 0).astype(float) for x in (a, b))
+            rad = rad + self.numbers.tiny * (a_some @ b_some)
         return self._new(
             mid,
             rad,
@@ -131,8 +136,11 @@ class Ball:
     def exp(self):
         mid = self.numbers.exp(self.mid)
         growth = np.where(np.asarray(self.rad < 0.5, bool), 1.3, np.inf)  # (e^r - 1) / r
-        slope = growth * self.numbers.size(mid)
-        return self._function(mid, slope, lambda g, value: g * value, relative=True)
+        found = self._function(mid, growth * self.numbers.size(mid), None, relative=True)
+        most = self.float_mid() + self.numbers.float_of(np.broadcast_to(self.rad, self.shape))
+        rad = np.where(most < -1000, np.fmin(found.rad, FAINT), found.rad)
+        value = self._new(mid, rad)
+        return self._new(mid, rad, (self, lambda g: g * value))
 
     def log(self):
         """Of balls without 0."""
@@ -217,12 +225,14 @@ class Ball:
         mid = self.numbers.each(pick, self.mid)
         least = self.numbers.each(lambda x: np.expand_dims(x, axis), mid)
         gap = self.numbers.add(least, self.numbers.negative(self.mid))
-        near = self.numbers.size(gap) <= rad + np.take_along_axis(rad, at, axis)
-        unsure = (near & ~chosen & np.asarray(rad > 0)).any(axis=axis)
+        both = rad + np.take_along_axis(rad, at, axis)
+        apart = np.asarray(self.numbers.size(gap) * UNDER > both, bool)
+        doubt = ~apart & ~chosen & np.asarray(both != 0, bool)
+        doubt = doubt | (chosen & doubt.any(axis=axis, keepdims=True))
 
         def pull(g):
-            g = Ball(g.numbers, g.mid, np.where(unsure, np.inf, g.rad))
-            return g._moved(lambda x: np.where(chosen, np.expand_dims(x, axis), 0))
+            back = g._moved(lambda x: np.where(chosen, np.expand_dims(x, axis), 0))
+            return Ball(back.numbers, back.mid, np.where(doubt, np.inf, back.rad))
 
         return self._new(mid, rad.max(axis=axis), (self, pull))
 
@@ -287,7 +297,7 @@ def gradients(outputs, leaves):
 
     for ball, cotangent in outputs:
         if ball.taped:
-            give(ball, ball._ball(cotangent).plain)
+            give(ball, summed_to(ball._ball(cotangent).plain, ball.shape))
     while waiting:
         ball = max(waiting, key=lambda b: b.age)  # all that was made from it is done
         del waiting[ball]

@@ -174,6 +174,8 @@ def gated_attention(inputs, options, rows):
     gate = some_rows(inputs["gate"], rows)
     inner = {x: y for x, y in options.items() if x not in ("gate", "attention")}
     name = getattr(options.get("attention"), "__name__", "softmax_attention")
+    if name not in DEFINITIONS:
+        raise ValueError(f"attention is {name!r}: with more digits only {', '.join(DEFINITIONS)}")
     y = DEFINITIONS[name](inputs, inner, rows)["y"]
     opened = (np.atleast_1d(gate.float_mid()) != 0).any(axis=-1, keepdims=True)
     return {"y": (gate * y).where(opened)}
@@ -200,8 +202,8 @@ def weighed(s, pairs, v):
     """Softmax over the pairs, times v; 0 and -inf where there are none."""
     look = np.where(pairs, s.float_mid(), -np.inf)
     top = look.max(axis=-1, keepdims=True, initial=-np.inf)
-    some = np.isfinite(top)
-    top = np.where(some, top, 0)
+    some = pairs.any(axis=-1, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0)
     p = (s - top).where(pairs).exp().where(pairs)
     l = p.sum(-1, keepdims=True)
     whole = (l + np.where(some, 0.0, 1.0)).log() + top
@@ -239,7 +241,8 @@ def visible_pairs(n, m, options, rows):
     seen = np.ones(steps.shape, bool)
     mask = options.get("mask")
     if mask is not None:
-        seen = seen & (mask[rows].toarray() if hasattr(mask, "toarray") else some_rows(mask, rows))
+        sparse = hasattr(mask, "toarray")
+        seen = seen & (mask[rows].toarray() if sparse else some_rows(np.asarray(mask), rows))
     if options.get("bias") is not None:
         seen = seen & (some_rows(np.asarray(options["bias"], float), rows) != -np.inf)
     if "window" in options:

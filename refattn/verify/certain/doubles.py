@@ -193,6 +193,8 @@ def tanh(x):
 @by_pieces
 def cos_sin(x):
     """Series at x - k pi/2, |x| < 2**40; then a quarter turn k times."""
+    far = ~(np.abs(x.hi) < 2.0**40)
+    x = Double(np.where(far, np.nan, x.hi), x.lo)
     k = np.rint(x.hi / split("mp.pi / 2", 1)[0])
     r = less_multiples(x, k, "mp.pi / 2")
     square = negative(multiply(r, r))
@@ -201,7 +203,7 @@ def cos_sin(x):
         c = add(multiply(c, square), inverse_factorial(term))
         s = add(multiply(s, square), inverse_factorial(term + 1))
     s = multiply(s, r)
-    turn = k.astype(int) % 4
+    turn = np.where(far, 0, k).astype(int) % 4
 
     def turned(*four):  # what cos or sin becomes after 0 to 3 quarter turns
         parts = [(f.hi, f.lo) for f in four]
@@ -265,7 +267,7 @@ def matmul(x, y):
         part = left @ right
         found = Double(part) if found is None else plus(found, part)
         error = error + UNIT / 8 * np.abs(found.hi)
-    cut = 4 * count * inner * 2.0 ** (-bits * count) * high * wide + inner * TINY
+    cut = 4 * count * inner * 2.0 ** (-bits * count) * (high * wide) + inner * TINY
     if (found.hi == 0).any():  # exactly, where in each term a factor is 0
         terms = (x.hi != 0).astype(float) @ (y.hi != 0).astype(float)
         cut = np.where(terms == 0, 0.0, cut)

@@ -9,6 +9,8 @@ import numpy as np
 from refattn.verify.certain import doubles
 from refattn.verify.certain.doubles import Double
 
+LARGEST = np.finfo(float).max
+
 
 class DoubleDouble:
     """Pairs of float64: 31 digits, exponents as float64 has them, all of NumPy's speed."""
@@ -30,7 +32,8 @@ class DoubleDouble:
 
     def size(self, x):
         """At least |x|."""
-        return np.abs(x.hi) * (1 + 2.0**-50)
+        size = np.abs(x.hi)
+        return np.maximum(size, np.minimum(size * (1 + 2.0**-50), LARGEST))
 
     def each(self, function, *xs):
         """An operation that moves entries, on all parts of the numbers."""
@@ -77,7 +80,7 @@ class Digits:
         return self._each_number("mpf")(np.array(x, float))
 
     def each(self, function, *xs):
-        return function(*xs)
+        return np.asarray(function(*xs), object)
 
     def is_zero(self, x):
         return np.asarray(x == 0, bool)
@@ -89,7 +92,7 @@ class Digits:
         return self._cos(x), self._sin(x)
 
     def total(self, x, axis):
-        return np.asarray(x.sum(axis=axis), object) + self.context.mpf(0)
+        return np.asarray(x.sum(axis=axis) + self.context.mpf(0), object)
 
     def matmul(self, x, y):
         inner = x.shape[-1]
@@ -103,7 +106,8 @@ class Digits:
         return near, self.size(x - near)
 
     def float_of(self, size):
-        return np.asarray(size, float) * (1 + 2.0**-50)
+        up = np.asarray(size != 0, bool) * np.spacing(0.0)  # float64's range may end before size
+        return np.asarray(size, float) * (1 + 2.0**-50) + up
 
 
 def _as_array(function):

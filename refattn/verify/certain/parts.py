@@ -106,7 +106,12 @@ def _met(mechanism, inputs, options):
         pairs = visible_pairs(n, m, options, np.arange(n))
     if "gate" in options:
         pairs = pairs & (options["gate"] != 0).any(axis=-1)[..., None]
-    return pairs.any(axis=-1), pairs.any(axis=-2)
+    rows, keys = pairs.any(axis=-1), pairs.any(axis=-2)
+    if "S0" in inputs:  # a row without keys still reads the state
+        rows = rows | ((options["gate"] != 0).any(axis=-1) if "gate" in options else True)
+    if options.get("return_state"):  # which holds keys that no query sees
+        keys = keys | keys_of({"k": inputs["k"]}, options)
+    return rows, keys
 
 
 def _causal(mechanism, options):
@@ -129,10 +134,13 @@ def _in(numbers, mechanism, inputs, options):
     backward = "dy" in inputs
 
     def leaf(x):
-        return Ball(numbers, numbers.of(np.where(np.isneginf(x), 0, x)), leaf=backward)
+        return Ball(numbers, numbers.of(x), leaf=backward)
 
     leaves = {x: leaf(inputs[x]) for x in ("q", "k", "v", "S0", "z0") if x in inputs}
-    leaves |= {x: leaf(options[x]) for x in ARRAYS if options.get(x) is not None}
+    arrays = {x: options[x] for x in ARRAYS if options.get(x) is not None}
+    if "bias" in arrays:  # -inf hides a pair: visible_pairs
+        arrays["bias"] = np.where(np.isneginf(arrays["bias"]), 0, arrays["bias"])
+    leaves |= {x: leaf(array) for x, array in arrays.items()}
     bands = _bands(DEFINITIONS[mechanism], leaves, options, backward)
     lead = checks.lead(inputs["q"], inputs["k"], inputs["v"])
     found = {"y": _over_rows(bands, "y", lead, axes=2)}

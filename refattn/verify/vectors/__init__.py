@@ -5,7 +5,7 @@ wrote; docs/vectors.md says how to read them without refattn.
 """
 
 from refattn.verify.vectors.case import Case
-from refattn.verify.vectors.files import load, write
+from refattn.verify.vectors.files import free, load, write
 from refattn.verify.vectors.made import counted, made
 
-__all__ = ["Case", "counted", "load", "made", "write"]
+__all__ = ["Case", "counted", "free", "load", "made", "write"]

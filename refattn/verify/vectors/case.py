@@ -55,6 +55,9 @@ class Case:
     def compare(self, answers):
         """A ``refattn.verify.report.Line`` for each of ``answers``, {"y": array, ...}; one with
         trouble is not right. Arrays of other libraries are taken as they are."""
+        if not isinstance(answers, dict):
+            kind = type(answers).__name__
+            raise TypeError(f"answers is a {kind}; expected a dict, such as {{'y': y}}")
         unknown = sorted(set(answers) - set(self.wanted))
         if unknown or not answers:
             raise ValueError(

@@ -1,6 +1,7 @@
 """A folder of vectors: manifest.json, and two files of arrays for each mechanism."""
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import refattn
 from refattn.verify.vectors import formats
 from refattn.verify.vectors.case import Case
 from refattn.verify.vectors.entry import DTYPES
-from refattn.verify.vectors.words import BUDGET, CONVENTIONS, PARTS
+from refattn.verify.vectors.words import BUDGET, CONVENTIONS, LAYOUT, PARTS
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -49,7 +50,9 @@ def write(folder, cases):
     (64, True)
     """
     folder = Path(folder)
-    _cleared(folder)
+    for path in free(folder):
+        path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
     groups = {}
     for case in cases:
         groups.setdefault(case.mechanism, {}).update(_named(case))
@@ -64,8 +67,10 @@ def write(folder, cases):
         "format": FORMAT,
         "refattn": refattn.__version__,
         "digest": digest,
+        "layout": LAYOUT,
         "conventions": CONVENTIONS,
         "parts": PARTS,
+        "defaults": {name: _defaults(name) for name in groups},
         "budget": BUDGET,
         "files": files,
     }
@@ -127,17 +132,17 @@ def load(folder=None, *, mechanism=None, dtype=None):
     return found
 
 
-def _cleared(folder):
-    """An empty folder: what a manifest there names is deleted, anything else is refused."""
+def free(folder):
+    """The files that writing there replaces: those of an earlier call; anything else is refused."""
+    folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a folder, or a name that is free")
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MANIFEST).exists():
-        for name in [*_manifest(folder)["files"], MANIFEST]:
-            (folder / name).unlink(missing_ok=True)
-    left = sorted(path.name for path in folder.iterdir())
-    if left:
-        raise ValueError(f"{folder} holds {left[0]}; expected an empty folder, or vectors alone")
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    ours = {MANIFEST, *_manifest(folder)["files"]} if MANIFEST in there else set()
+    if there - ours:
+        left = min(there - ours)
+        raise ValueError(f"{folder} holds {left}; expected an empty folder, or vectors alone")
+    return [folder / name for name in there]  # a manifest may name files elsewhere: not those
 
 
 def _named(case):
@@ -158,6 +163,16 @@ def _roles(case):
         elif name == "initial_state" and x is not None:
             found[f"{name}.S"], found[f"{name}.z"] = (("option", part) for part in x)
     return found | {name: ("wanted", x) for name, x in case.wanted.items()}
+
+
+def _defaults(mechanism):
+    """What an option is that a case does not name."""
+    parameters = inspect.signature(getattr(refattn, mechanism)).parameters.values()
+    return {
+        p.name: getattr(p.default, "__name__", p.default)
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.default is not p.empty and p.name != "backend"
+    }
 
 
 def _record(case):
@@ -232,6 +247,9 @@ def _manifest(folder):
         raise ValueError(
             f"{path} has format {version!r}; this refattn ({refattn.__version__}) reads {FORMAT}"
         )
+    missing = {"files", "cases"} - set(manifest)
+    if missing:
+        raise ValueError(f"{path} is no manifest of vectors: {', '.join(sorted(missing))} missing")
     return manifest
 
 
@@ -254,7 +272,7 @@ def _arrays(folder, name, manifest, records):
 def _chosen(name, asked, there):
     if asked is None:
         return list(there)
-    asked = [asked] if isinstance(asked, str) else list(asked)
+    asked = [asked] if isinstance(asked, str) or not np.iterable(asked) else list(asked)
     for one in asked:
         if one not in there:
             raise ValueError(f"{name} is {one!r}; expected one of {', '.join(there)}")

@@ -17,6 +17,18 @@ CONVENTIONS = {
     "two level": "a summary's score has log(size of its block) added",
     "maximum": "of equals the first gets the gradient",
     "gate": "a query whose gate is all 0 is a constant: its gradients and the gate's are 0",
+    "feature maps": "elu: x + 1 where x > 0, else e^x; relu: max(x, 0); softmax: of q over "
+    "columns, of k over visible positions; taylor: 1, all x_c, then x_b x_c of b <= c row by row, "
+    "x_c^2 / sqrt(2) where b = c",
+    "performer": "x = sqrt(scale) q or k, w = omega x: positive e^(w - |x|^2/2); hyperbolic that "
+    "of w and of -w; trig e^(|x|^2/2) (cos w, sin w); y = phi(q) (phi(k)^T v) / phi(q) phi(k)^T 1",
+    "linformer": "softmax(scale q (E k)^T) (F v), F = E where none is given; hidden keys are left "
+    "out of the sums",
+    "blocks": "block keys each; concat: each query its own block; exact: softmax over all; else "
+    "row p is the sum, mean, max or weighted sum of row p of the blocks' attentions",
+    "pool": "two level: the own block's keys and the mean or maximum of every other block's keys "
+    "and values, in one softmax",
+    "gated": "y = gate * attention",
     "constants": "scale, softcap, omega and masks have no gradient",
 }
 PARTS = {
@@ -29,8 +41,14 @@ PARTS = {
     "mask, mask.indptr, mask.indices": "a sparse mask, whole and as a csr matrix",
     "ys, lses": "outputs and log-sum-exps of parts, to be merged",
 }
+LAYOUT = (
+    "array CASE/ROLE in MECHANISM.safetensors and MECHANISM.npz, little-endian, last axis fastest; "
+    ".npz has bfloat16 as float32 of the same value; sha256 of an array is that of its bytes in "
+    ".safetensors"
+)
 BUDGET = (
     "a kernel is right when every |entry - wanted| is at most 2 E + 4 eps ((1 + max|s|) size + "
     "floor) + error: s the logits, E the error of refattn's own formula in this dtype, size and "
-    "floor the magnitudes that docs/vectors.md lists, error that of the stored array"
+    "floor the magnitudes that docs/vectors.md lists, error that of the stored array; where "
+    "-inf is wanted, only -inf is right"
 )

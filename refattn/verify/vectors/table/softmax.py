@@ -147,6 +147,7 @@ ENTRIES = [
     of("more keys", (7, 12, 4, 4)),
     of("fewer keys", (12, 7, 4, 4)),
     of("causal, odd sizes", (13, 13, 5, 7), LSE | {"causal": True}),
+    of("causal, as many columns", (9, 9, 4, 4), LSE | {"causal": True}, small=True),
     of("causal, more keys", (7, 12, 4, 4), LSE | {"causal": True}, small=True),
     of("causal, fewer keys", (12, 7, 4, 4), LSE | {"causal": True}, beyond_causal, pulled=True),
     of("scale", (7, 9, 4, 4), LSE | {"scale": 0.3}),

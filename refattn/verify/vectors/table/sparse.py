@@ -48,6 +48,7 @@ ENTRIES = [
     local("left alone", (13, 13, 4, 3), {"window": (3, 0)}),
     local("right alone", (13, 13, 4, 3), {"window": (0, 2), "scale": -0.5}),
     local("causal", (13, 13, 4, 3), {"window": (3, 2), "causal": True}),
+    local("causal, as many columns", (9, 9, 4, 4), {"window": (2, 1), "causal": True}, small=True),
     local("more keys", (7, 12, 4, 4), {"window": (2, 1)}),
     local("fewer keys", (12, 7, 4, 4), {"window": (2, 1)}, small=True),
     local("causal, fewer keys", (12, 7, 4, 4), {"window": 3, "causal": True}),
