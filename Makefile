@@ -70,8 +70,8 @@ format: $(READY)  ## fix what can be fixed
 coverage: $(READY)  ## run the tests and require 95% of the lines and branches
 	@$(PYTEST) --cov --cov-report=term --cov-fail-under=95 tests refattn $(ARGS)
 
-mutants: $(READY)  ## break each formula and see that a test notices
-	@$(PY) tests/mutations.py
+mutants: $(READY)  ## change refattn in one place at random, see who notices (ARGS="--count 20")
+	@$(PY) scripts/mutants.py $(ARGS)
 
 gpu: $(READY)  ## judge the CUDA kernels and time them, where there is a GPU
 	@$(PY) -m pip install --quiet --no-compile -c constraints.txt -e '.[cuda,outside]'
