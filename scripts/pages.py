@@ -107,12 +107,15 @@ def mutants():
     every = record["mutants"]
     left = [m for m in every if m["verdict"] == "survived"]
     open_ = [m for m in left if not m["explanation"]]
+    became = [m for m in every if m.get("became")]
     parts = [
         f"# Random mutants\n\n{RECORDED}\n",
         _how_it_is_done(record),
         f"\n{len(every)} mutants with seed {record['seed']}: {len(every) - len(left)} caught, "
         f"{len(left)} survived, of which {len(left) - len(open_)} compute the same or differ only "
-        f"where nothing is promised, and {len(open_)} show that a case is missing.\n",
+        f"where nothing is promised, and {len(open_)} show that a case is missing. Of those caught "
+        f"{len(became)} had survived at first: each became a case "
+        "(refattn/verify/vectors/table/found.py), which was then seen to catch it.\n",
     ]
     for kind, words in KINDS.items():
         ours = [m for m in every if m["kind"] == kind]

@@ -149,7 +149,7 @@ ENTRIES += [
     sparse("1025 pairs", (41, 25, 2, 2), lambda s, d: {"mask": csr(np.ones((s.n, s.m), bool))},
            dtypes=WIDE_DTYPES),
     sparse("dense columns", (40, 40, 4, 3), gaps),
-    sparse("causal, tiles", (150, 150, 3, 4), by(masks.causal), dtypes=WIDE_DTYPES),
+    sparse("causal, tiles", (150, 150, 3, 4), by(masks.causal), dtypes=("float32",)),
     sparse("bands, tiles", (140, 200, 3, 2), bands, dtypes=WIDE_DTYPES),
     sparse("bands, large scores, tiles", (140, 200, 3, 2), bands, large, dtypes=WIDE_DTYPES),
     sparse("global tokens, tiles", (200, 200, 3, 2), by(lambda n: masks.longformer(n, 2, [70])),
@@ -157,7 +157,7 @@ ENTRIES += [
     sparse("single pairs, tiles", (200, 200, 3, 2), by(lambda n: masks.random(n, 3, rng=1)),
            dtypes=WIDE_DTYPES),
     sparse("hierarchical, tiles", (256, 256, 2, 3), by(lambda n: masks.hierarchical(n, 4)),
-           dtypes=WIDE_DTYPES),
+           dtypes=("float32",)),
     sparse("nine heads, tiles", (70, 70, 1, 1, ((9,), (9,), (9,))), gaps, dtypes=WIDE_DTYPES),
 ]  # fmt: skip
 ENTRIES += empties(sparse, lambda s, draws: {"mask": csr(np.zeros((s.n, s.m), bool))})
