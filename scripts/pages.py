@@ -115,7 +115,7 @@ def mutants():
         f"{len(left)} survived, of which {len(left) - len(open_)} compute the same or differ only "
         f"where nothing is promised, and {len(open_)} show that a case is missing. Of those caught "
         f"{len(became)} had survived at first: each became a case "
-        "(refattn/verify/vectors/table/found.py), which was then seen to catch it.\n",
+        "(refattn/verify/vectors/table/survivors.py), which was then seen to catch it.\n",
     ]
     for kind, words in KINDS.items():
         ours = [m for m in every if m["kind"] == kind]
