@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from by_torch import with_gradients
 from judge import draw, hold, logits
 
 import refattn
@@ -37,11 +38,6 @@ def naive(name):
 
 def leaves(*arrays):
     return [torch.from_numpy(x).float().requires_grad_() for x in arrays]
-
-
-def with_gradients(y, dy, **inputs):
-    grads = torch.autograd.grad(y, list(inputs.values()), torch.from_numpy(dy).to(y.dtype))
-    return {"y": y, **dict(zip((f"d{name}" for name in inputs), grads, strict=True))}
 
 
 # its length is a multiple of 64 in the form by chunks

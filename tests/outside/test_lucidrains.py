@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+from by_torch import Given, leaves, with_gradients
 from judge import draw, hold, logits
 
 import refattn
@@ -19,15 +20,6 @@ def package(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its imports: distutils, autocast
         return pytest.importorskip(name, reason=f"{name} is not installed (extra: outside)")
-
-
-def leaves(dtype, *arrays):
-    return [torch.from_numpy(x).to(dtype).requires_grad_() for x in arrays]
-
-
-def with_gradients(y, dy, **inputs):
-    grads = torch.autograd.grad(y, list(inputs.values()), torch.from_numpy(dy).to(y.dtype))
-    return {"y": y, **dict(zip((f"d{name}" for name in inputs), grads, strict=True))}
 
 
 def ours(name, dy, q, k, v, **options):
@@ -237,17 +229,6 @@ class TestPerformer:
         rng = np.random.default_rng(0)
         right = [refattn.random_features(6, 6, rng=rng)[0, 0] for _ in range(64)]
         assert min(right) < 0 < max(right)
-
-
-class Given(torch.nn.Module):
-    """In the place of a projection: what it should have given."""
-
-    def __init__(self, x):
-        super().__init__()
-        self.x = x
-
-    def forward(self, _):
-        return self.x
 
 
 @BOTH

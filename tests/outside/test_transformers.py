@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 import scipy
+from by_torch import Given, leaves, with_gradients
 from judge import draw, hold, logits, numbers
 
 import refattn
@@ -15,30 +16,10 @@ pytest.importorskip("transformers", reason="transformers is not installed (extra
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-class Given(torch.nn.Module):
-    """In the place of a projection: what it should have given."""
-
-    def __init__(self, x):
-        super().__init__()
-        self.x = x
-
-    def forward(self, _):
-        return self.x
-
-
-def leaves(dtype, *arrays):
-    return [torch.from_numpy(x).to(dtype).requires_grad_() for x in arrays]
-
-
 def packed(x):
     """(b, h, n, c) as (b, n, h c), contiguous as a projection's output is."""
     turned = x.swapaxes(1, 2)
     return turned.reshape(turned.shape[0], turned.shape[1], -1)
-
-
-def with_gradients(y, dy, **inputs):
-    grads = torch.autograd.grad(y, list(inputs.values()), torch.from_numpy(dy).to(y.dtype))
-    return {"y": y, **dict(zip((f"d{name}" for name in inputs), grads, strict=True))}
 
 
 def ours(name, dy, q, k, v, **options):

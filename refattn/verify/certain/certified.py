@@ -79,7 +79,8 @@ def truth(mechanism, q, k, v, *, with_error=False, **options):
     name, arrays, options = _asked(mechanism, (q, k, v), options)
     getattr(refattn, name)(*arrays, **options)  # its errors are ours
     found = answers(name, dict(zip("qkv", arrays, strict=True)), options)
-    return _given(_as_returned(found, options), with_error)
+    answer = _as_returned(found, options)
+    return answer if with_error else answer[0]
 
 
 def truth_vjp(mechanism, dy, q, k, v, *, dlse=None, dstate=None, with_error=False, **options):
@@ -156,7 +157,3 @@ def _as_returned(found, options):
         states = tuple(zip(found["S"], found["z"], strict=True))
         return tuple(zip(found["y"], states, strict=True))
     return found["y"]
-
-
-def _given(pair, with_error):
-    return pair if with_error else pair[0]

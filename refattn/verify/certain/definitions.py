@@ -44,9 +44,7 @@ def linear_attention(inputs, options, rows):
     seen = keys_of(inputs, options)
     phi_q = of_query(inputs["q"][..., rows, :])
     phi_k = of_key(inputs["k"], seen)
-    pairs = seen[..., None, :]
-    if options.get("causal", False):
-        pairs = pairs & (np.arange(seen.shape[-1]) <= np.asarray(rows)[:, None])
+    pairs = key_pairs(inputs, options, rows)
     w = (phi_q @ phi_k.mT).where(pairs)
     num, den = w @ inputs["v"], w.sum(-1, keepdims=True)
     if "S0" in inputs:
@@ -73,14 +71,9 @@ def performer_attention(inputs, options, rows):
     causal = options.get("causal", False)
     a, on_query = exponents(inputs["q"][..., rows, :] * root, omega, kind)
     b, on_key = exponents(inputs["k"] * root, omega, kind)
-    pairs = np.broadcast_to(seen[..., None, :], (*seen.shape[:-1], len(rows), seen.shape[-1]))
-    if causal:
-        pairs = pairs & (np.arange(seen.shape[-1]) <= np.asarray(rows)[:, None])
+    pairs = key_pairs(inputs, options, rows)
     met = seen & (np.arange(seen.shape[-1]) <= max(rows, default=-1)) if causal else seen
-    top = np.where(met[..., None], b.float_mid(), -np.inf).max(
-        axis=-2, keepdims=True, initial=-np.inf
-    )
-    top = np.where(np.isfinite(top), top, 0)
+    top = shift_of(b, -2, met[..., None])
     of_rows = (a.float_mid() + top).max(axis=-1, keepdims=True, initial=-np.inf)
     phi_k = (b - top).where(met[..., None]).exp().where(met[..., None])
     phi_q = (a + top - of_rows).exp()
@@ -200,14 +193,19 @@ DEFINITIONS = {
 
 def weighed(s, pairs, v):
     """Softmax over the pairs, times v; 0 and -inf where there are none."""
-    look = np.where(pairs, s.float_mid(), -np.inf)
-    top = look.max(axis=-1, keepdims=True, initial=-np.inf)
+    top = shift_of(s, -1, pairs)
     some = pairs.any(axis=-1, keepdims=True)
-    top = np.where(np.isfinite(top), top, 0)
     p = (s - top).where(pairs).exp().where(pairs)
     l = p.sum(-1, keepdims=True)
     whole = (l + np.where(some, 0.0, 1.0)).log() + top
     return {"y": (p @ v).over(l), "lse": whole[..., 0], "empty": ~some[..., 0]}
+
+
+def shift_of(x, axis, seen):
+    """The largest of what is seen along an axis, in float64; 0 where there is none."""
+    look = np.where(seen, x.float_mid(), -np.inf)
+    top = look.max(axis=axis, keepdims=True, initial=-np.inf)
+    return np.where(np.isfinite(top), top, 0)
 
 
 def constant(inputs, x):
@@ -228,6 +226,15 @@ def keys_of(inputs, options):
     return np.broadcast_to(True if mask is None else mask, (*np.shape(mask)[:-1], m))
 
 
+def key_pairs(inputs, options, rows):
+    """(..., rows, m) bool: who sees whom where keys are masked and queries stand at their keys."""
+    seen = keys_of(inputs, options)
+    pairs = np.broadcast_to(seen[..., None, :], (*seen.shape[:-1], len(rows), seen.shape[-1]))
+    if not options.get("causal"):
+        return pairs
+    return pairs & (np.arange(seen.shape[-1]) <= np.asarray(rows)[:, None])
+
+
 def some_rows(x, rows):
     """Those rows of what broadcasts to (..., n, any)."""
     return x[..., rows, :] if len(x.shape) > 1 and x.shape[-2] > 1 else x
@@ -235,7 +242,6 @@ def some_rows(x, rows):
 
 def visible_pairs(n, m, options, rows):
     """(..., rows, m) bool: who sees whom."""
-
     at = np.asarray(rows)[:, None] + (m - n)  # where the queries stand
     steps = np.arange(m) - at
     seen = np.ones(steps.shape, bool)
@@ -254,9 +260,7 @@ def visible_pairs(n, m, options, rows):
 
 
 def softmax_over(x, axis, seen=True):
-    look = np.where(seen, x.float_mid(), -np.inf)
-    top = look.max(axis=axis, keepdims=True, initial=-np.inf)
-    p = (x - np.where(np.isfinite(top), top, 0)).where(seen).exp().where(seen)
+    p = (x - shift_of(x, axis, seen)).where(seen).exp().where(seen)
     return p.over(p.sum(axis, keepdims=True))
 
 

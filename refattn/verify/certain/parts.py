@@ -10,6 +10,7 @@ from refattn.verify.certain.ball import Ball, gradients
 from refattn.verify.certain.definitions import (
     DEFINITIONS,
     cuts_of_exponents,
+    key_pairs,
     keys_of,
     visible_pairs,
 )
@@ -64,7 +65,7 @@ def _products(inputs, options):
     n, d = inputs["q"].shape[-2:]
     m, e = inputs["v"].shape[-2:]
     heads = np.prod(checks.lead(inputs["q"], inputs["k"], inputs["v"]), dtype=int)
-    features = max([d, *(len(options[x]) for x in ("omega",) if options.get(x) is not None)])
+    features = d if options.get("omega") is None else max(d, len(options["omega"]))
     back = 4 if "dy" in inputs else 1
     return back * heads * (n * m * (features + e) + (n + m) * features * d)
 
@@ -74,8 +75,6 @@ def _as_floats(mechanism, inputs, options):
     anything."""
     options = dict(options)
     inputs = {name: np.array(x, float) for name, x in inputs.items()}
-    if callable(options.get("gate")):
-        options["gate"] = options["gate"](*(inputs[x] for x in "qkv"))
     for name in ARRAYS:
         if options.get(name) is not None:
             options[name] = np.array(options[name], float)
@@ -97,11 +96,8 @@ def _met(mechanism, inputs, options):
     n, m = inputs["q"].shape[-2], inputs["k"].shape[-2]
     inner = getattr(options.get("attention"), "__name__", mechanism)
     if "key_mask" in options or inner.startswith(("linear_", "linformer", "performer")):
-        balls = {"k": inputs["k"]}
-        pairs = np.broadcast_to(keys_of(balls, options)[..., None, :], (n, m))
-        pairs = (
-            pairs & (np.arange(m) <= np.arange(n)[:, None]) if _causal(inner, options) else pairs
-        )
+        chunked = {"causal": inner == "linear_attention_chunked"}
+        pairs = key_pairs(inputs, {**chunked, **options}, np.arange(n))
     else:
         pairs = visible_pairs(n, m, options, np.arange(n))
     if "gate" in options:
@@ -110,12 +106,8 @@ def _met(mechanism, inputs, options):
     if "S0" in inputs:  # a row without keys still reads the state
         rows = rows | ((options["gate"] != 0).any(axis=-1) if "gate" in options else True)
     if options.get("return_state"):  # which holds keys that no query sees
-        keys = keys | keys_of({"k": inputs["k"]}, options)
+        keys = keys | keys_of(inputs, options)
     return rows, keys
-
-
-def _causal(mechanism, options):
-    return options.get("causal", mechanism == "linear_attention_chunked")
 
 
 def _cleared(x, used):
